@@ -1,0 +1,389 @@
+package wire
+
+import (
+	"encoding/binary"
+	"errors"
+	"math"
+	"slices"
+	"strings"
+	"unicode/utf8"
+	"unsafe"
+)
+
+// Answer is a response as the cache keeps it: header, question and records in packed form, without the hop-by-hop
+// records OPT and TSIG. Only [NewAnswer] makes one. Its maker may change Secure and EDE and call ClampTTL until it shares
+// the Answer; from then on nobody writes to it, and any number of goroutines may read it.
+type Answer struct {
+	Msg    []byte   // the packed response; its length is at most MaxMessage
+	TTLs   []uint16 // the offset in Msg of every record's TTL field, in the order of the records
+	Rcode  uint16   // the extended RCODE, 12 bits, RFC 6891, section 6.1.3
+	EDE    []EDE    // extended DNS errors to pass on to clients that sent an OPT record, RFC 8914
+	Secure bool     // the gateway has validated it: AD may be set
+
+	cuts    []cut  // where Msg may be truncated, in ascending order; nil when Msg fits into every UDP payload
+	qend    uint16 // the offset behind the question
+	answers uint16 // ANCOUNT
+	auths   uint16 // NSCOUNT
+	facts   lifetime
+}
+
+// EDE is an extended DNS error, RFC 8914. Text may be empty; more than 255 octets of it are not sent.
+type EDE struct {
+	Code uint16
+	Text string
+}
+
+// Bounds on the extended DNS errors that are passed on: what a stranger's server says there is copied to the client.
+const (
+	maxEDE     = 8
+	maxEDEText = 255
+)
+
+// cut is an offset at which a message may end because no RRset lies on both sides of it.
+type cut struct {
+	end     uint16 // octets before the cut
+	records uint16 // records before the cut
+}
+
+// The ways in which a response can be unreadable.
+var (
+	errHeader   = errors.New("no DNS response header")
+	errLength   = errors.New("longer than a DNS message can be")
+	errQuestion = errors.New("not one readable question")
+	errRecord   = errors.New("a record does not fit in the message")
+	errTrailing = errors.New("octets behind the last record")
+	errOPT      = errors.New("bad OPT record")
+	errTSIG     = errors.New("a TSIG record is not the last one")
+	errSOA      = errors.New("bad SOA record")
+)
+
+// NewAnswer reads a packed response. An OPT record in it is taken out: its extended RCODE bits and its extended DNS
+// errors are kept in the Answer. NewAnswer takes ownership of msg and may change it. It returns an error for everything
+// that is not one whole response to one question. It does not follow compression pointers and, apart from the SOA record,
+// does not look into RDATA: bytes from a server must have been unpacked and packed again before, or names in them can
+// mean anything, though nothing that harms the gateway.
+func NewAnswer(msg []byte) (*Answer, error) {
+	l, err := survey(msg)
+	if err != nil {
+		return nil, err
+	}
+	a := &Answer{
+		Rcode:   l.rcode(msg),
+		qend:    uint16(l.qend),
+		answers: uint16(l.answers),
+		auths:   uint16(l.auths),
+		facts:   l.lifetime,
+	}
+	if l.optEnd > 0 {
+		a.EDE = readEDE(msg[l.optData:l.optEnd])
+	}
+	a.Msg = l.strip(msg)
+	a.index()
+	return a, nil
+}
+
+// index fills in the offsets of the TTLs and the places where Msg may be cut. Msg has been surveyed.
+func (a *Answer) index() {
+	records := int(a.answers) + int(a.auths) + int(binary.BigEndian.Uint16(a.Msg[10:]))
+	if records == 0 {
+		return
+	}
+	a.TTLs = make([]uint16, 0, records)
+	var ends []cut
+	var sets []uint64
+	big := len(a.Msg)+optLen > MinUDPSize
+	off := int(a.qend)
+	for i := range records {
+		r, next := readRecord(a.Msg, off)
+		ttl := a.Msg[r.data-6:]
+		if r.ttl > math.MaxInt32 {
+			binary.BigEndian.PutUint32(ttl, 0) // RFC 2181, section 8
+		}
+		a.TTLs = append(a.TTLs, uint16(r.data-6))
+		if big {
+			sets = append(sets, a.rrset(i, off, next, r))
+			ends = append(ends, cut{end: uint16(next), records: uint16(i + 1)})
+		}
+		off = next
+	}
+	a.cuts = cuts(ends, sets)
+}
+
+// rrset returns a number that is the same for all records of one RRset and for the RRSIG records that cover it, and
+// different for other records, but for rare collisions; those only make truncation coarser.
+func (a *Answer) rrset(i, off, next int, r record) uint64 {
+	section := byte(0)
+	switch {
+	case i >= int(a.answers)+int(a.auths):
+		section = 2
+	case i >= int(a.answers):
+		section = 1
+	}
+	typ := r.typ
+	if typ == TypeRRSIG && next-r.data >= 2 {
+		typ = binary.BigEndian.Uint16(a.Msg[r.data:]) // the type covered, RFC 4034, section 3.1.1
+	}
+	h := hashName(fnvOffset, a.Msg, off)
+	for _, c := range [...]byte{section, byte(typ >> 8), byte(typ), byte(r.class >> 8), byte(r.class)} {
+		h = (h ^ uint64(c)) * fnvPrime
+	}
+	return h
+}
+
+// cuts returns those of ends that no RRset spans, without the last, which is the whole message.
+func cuts(ends []cut, sets []uint64) []cut {
+	if len(ends) == 0 {
+		return nil
+	}
+	last := make(map[uint64]int, len(sets))
+	for i, h := range sets {
+		last[h] = i
+	}
+	n, reach := 0, 0
+	for i, h := range sets[:len(sets)-1] {
+		reach = max(reach, last[h])
+		if reach == i {
+			ends[n] = ends[i]
+			n++
+		}
+	}
+	return slices.Clip(slices.Clone(ends[:n]))
+}
+
+// ClampTTL raises every TTL of a to at least low and lowers it to at most high seconds. It must not be called once a is
+// shared.
+func (a *Answer) ClampTTL(low, high uint32) {
+	for _, off := range a.TTLs {
+		field := a.Msg[off : off+4]
+		binary.BigEndian.PutUint32(field, min(max(binary.BigEndian.Uint32(field), low), high))
+	}
+	a.facts.ttl = min(max(a.facts.ttl, low), high)
+}
+
+// Clone returns a copy of a that shares no memory with it and whose slices are no larger than they have to be.
+func (a *Answer) Clone() Answer {
+	b := *a
+	b.Msg = append([]byte(nil), a.Msg...)
+	b.TTLs = append([]uint16(nil), a.TTLs...)
+	b.cuts = append([]cut(nil), a.cuts...)
+	b.EDE = append([]EDE(nil), a.EDE...)
+	for i := range b.EDE {
+		b.EDE[i].Text = strings.Clone(b.EDE[i].Text)
+	}
+	return b
+}
+
+// Size returns how many octets of heap a refers to, without the Answer itself. What is smaller than 16 octets counts as
+// 16: the runtime packs such objects into blocks of that size, which live as long as one of them.
+func (a *Answer) Size() int {
+	block := func(n int) int {
+		if n == 0 {
+			return 0
+		}
+		return max(n, 16)
+	}
+	n := block(cap(a.Msg)) + block(2*cap(a.TTLs))
+	n += block(int(unsafe.Sizeof(cut{}))*cap(a.cuts)) + block(int(unsafe.Sizeof(EDE{}))*cap(a.EDE))
+	for _, e := range a.EDE {
+		n += (len(e.Text) + 15) &^ 15
+	}
+	return n
+}
+
+// Shape is what the gateway puts on every response of its own and on every response that it passes on. A Shape is not
+// changed once it is used; its methods may be called from any goroutine.
+type Shape struct {
+	// UDPSize is our largest UDP response, and the size that our OPT record advertises; less than 512 means 512.
+	UDPSize uint16
+	// Keepalive is the edns-tcp-keepalive timeout in units of 100 ms, sent over TCP and DoT to clients that sent the
+	// option, RFC 7828; 0 means that it is not sent.
+	Keepalive uint16
+	// PadBlock is the multiple of octets to which responses over encrypted transports are padded when the query was
+	// padded, RFC 7830; RFC 8467, section 4.1 recommends 468. 0 means no padding.
+	PadBlock int
+}
+
+// optLen is the length of an OPT record without options.
+const optLen = 11
+
+// AppendAnswer appends the response to q that a gives, a being age seconds old, to dst and returns the longer slice. It
+// is the one last step of a cache hit and of a resolved answer, so that both are equal. It does not allocate when dst
+// has room. dst must not overlap q.Raw.
+//
+// a must answer q's question; q's spelling of the name replaces a's. The header is our own: QR and RA are set, AA is
+// clear, ID, RD and CD are the query's, AD is set only when a is secure and the client asked for it (RFC 6840, section
+// 5.8). An OPT record is there exactly when q had one (RFC 6891, section 6.1.1).
+//
+// A response that is too large (over UDP: larger than the client or the Shape allows) first loses extended DNS errors
+// (RFC 8914, section 3), then whole RRsets together with their signatures, from the end: additional section, authority
+// section, answer section. TC is set when something of the last two is missing (RFC 2181, section 9).
+func (s *Shape) AppendAnswer(dst []byte, q *Query, a *Answer, age uint32) []byte {
+	if int(a.qend) != HeaderLen+len(q.Name)+4 {
+		return s.AppendError(dst, q, RcodeServFail) // another question's answer: a fault of the caller's
+	}
+	flags := uint16(0)
+	if a.Secure && (q.AD() || q.DO) {
+		flags = FlagAD
+	}
+	room := s.limit(q) - s.optLen(q)
+	end, records := len(a.Msg), len(a.TTLs)
+	if end > room {
+		end, records = a.cut(room)
+	}
+	if a.Truncated() || records < int(a.answers)+int(a.auths) {
+		flags |= FlagTC
+	}
+	start := len(dst)
+	dst = append(dst, a.Msg[:end]...)
+	msg := dst[start:]
+	s.putHeader(msg, q, a.Rcode, flags)
+	an := min(records, int(a.answers))
+	ns := min(records-an, int(a.auths))
+	binary.BigEndian.PutUint16(msg[6:], uint16(an))
+	binary.BigEndian.PutUint16(msg[8:], uint16(ns))
+	binary.BigEndian.PutUint16(msg[10:], uint16(records-an-ns+btoi(q.EDNS)))
+	copy(msg[HeaderLen:], q.Name)
+	if age > 0 {
+		for _, off := range a.TTLs[:records] {
+			field := msg[off : off+4]
+			ttl := binary.BigEndian.Uint32(field)
+			binary.BigEndian.PutUint32(field, ttl-min(ttl, age))
+		}
+	}
+	return s.appendOPT(dst, start, q, a.Rcode, a.EDE)
+}
+
+// cut returns the length of the longest part of Msg that fits in room, and the number of records in it.
+func (a *Answer) cut(room int) (end, records int) {
+	i, _ := slices.BinarySearchFunc(a.cuts, room+1, func(c cut, n int) int { return int(c.end) - n })
+	if i == 0 {
+		return int(a.qend), 0
+	}
+	return int(a.cuts[i-1].end), int(a.cuts[i-1].records)
+}
+
+// AppendError appends an empty response to q with rcode to dst and returns the longer slice: the header with q's opcode,
+// the question if q has one, and an OPT record exactly when q had one, with as many of the ede entries as fit. An
+// extended rcode that the client cannot be told for want of EDNS becomes SERVFAIL. It does not allocate when dst has
+// room, and dst must not overlap q.Raw.
+func (s *Shape) AppendError(dst []byte, q *Query, rcode uint16, ede ...EDE) []byte {
+	return s.appendEmpty(dst, q, rcode, 0, ede)
+}
+
+// AppendTruncated appends an empty response to q with TC set to dst and returns the longer slice. It tells a client to
+// ask again over TCP, which a forger of source addresses cannot do. It does not allocate when dst has room, and dst must
+// not overlap q.Raw.
+func (s *Shape) AppendTruncated(dst []byte, q *Query) []byte {
+	return s.appendEmpty(dst, q, RcodeSuccess, FlagTC, nil)
+}
+
+func (s *Shape) appendEmpty(dst []byte, q *Query, rcode, flags uint16, ede []EDE) []byte {
+	start := len(dst)
+	dst = append(dst, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, byte(btoi(q.EDNS)))
+	s.putHeader(dst[start:], q, rcode, flags)
+	if q.Name != nil {
+		dst[start+5] = 1
+		dst = append(dst, q.Name...)
+		dst = binary.BigEndian.AppendUint16(dst, q.Qtype)
+		dst = binary.BigEndian.AppendUint16(dst, q.Qclass)
+	}
+	return s.appendOPT(dst, start, q, rcode, ede)
+}
+
+// putHeader writes ID, flags and RCODE of the response to q into msg.
+func (s *Shape) putHeader(msg []byte, q *Query, rcode, flags uint16) {
+	if rcode > 0xf && !q.EDNS {
+		rcode = RcodeServFail // the lower four bits alone would say something else
+	}
+	flags |= FlagQR | FlagRA | q.Flags&(opcodeMask|FlagRD|FlagCD) | rcode&0xf
+	binary.BigEndian.PutUint16(msg, q.ID)
+	binary.BigEndian.PutUint16(msg[2:], flags)
+}
+
+// limit returns the length that the response to q may not exceed.
+func (s *Shape) limit(q *Query) int {
+	if q.Transport != UDP {
+		return MaxMessage
+	}
+	return int(max(min(q.UDPSize, s.UDPSize), MinUDPSize))
+}
+
+// optLen returns the length of the OPT record in the response to q, without what may be left out.
+func (s *Shape) optLen(q *Query) int {
+	switch {
+	case !q.EDNS:
+		return 0
+	case s.keepalive(q):
+		return optLen + 6
+	}
+	return optLen
+}
+
+// keepalive reports whether the response to q carries the edns-tcp-keepalive option. The transports behind DoT have their
+// own ways to say it: RFC 8484, section 10 and RFC 9250, section 5.5.2.
+func (s *Shape) keepalive(q *Query) bool {
+	return q.Keepalive && s.Keepalive > 0 && (q.Transport == TCP || q.Transport == DoT)
+}
+
+// appendOPT appends the OPT record of the response that begins at dst[start], if q asks for one. ARCOUNT counts it
+// already.
+func (s *Shape) appendOPT(dst []byte, start int, q *Query, rcode uint16, ede []EDE) []byte {
+	if !q.EDNS {
+		return dst
+	}
+	limit := start + s.limit(q)
+	dst = append(dst, 0, 0, byte(TypeOPT))
+	dst = binary.BigEndian.AppendUint16(dst, max(s.UDPSize, MinUDPSize))
+	var do byte
+	if q.DO {
+		do = 0x80
+	}
+	dst = append(dst, byte(rcode>>4), 0, do, 0, 0, 0)
+	options := len(dst)
+	if s.keepalive(q) {
+		dst = appendOption(dst, OptionKeepalive, 2)
+		dst = binary.BigEndian.AppendUint16(dst, s.Keepalive)
+	}
+	for _, e := range ede {
+		text := cutText(e.Text, maxEDEText)
+		if len(dst)+6+len(text) > limit {
+			break
+		}
+		dst = appendOption(dst, OptionEDE, 2+len(text))
+		dst = binary.BigEndian.AppendUint16(dst, e.Code)
+		dst = append(dst, text...)
+	}
+	dst = s.pad(dst, start, q)
+	binary.BigEndian.PutUint16(dst[options-2:], uint16(len(dst)-options))
+	return dst
+}
+
+func appendOption(dst []byte, code uint16, n int) []byte {
+	dst = binary.BigEndian.AppendUint16(dst, code)
+	return binary.BigEndian.AppendUint16(dst, uint16(n))
+}
+
+// pad appends the padding option when q asks for it, so that the message from dst[start] on is a multiple of PadBlock
+// long, or as long as a message can be (RFC 8467, section 4.1).
+func (s *Shape) pad(dst []byte, start int, q *Query) []byte {
+	n := len(dst) - start + 4
+	if !q.Padding || !q.Transport.Encrypted() || s.PadBlock <= 0 || n > MaxMessage {
+		return dst
+	}
+	zeros := min((n+s.PadBlock-1)/s.PadBlock*s.PadBlock, MaxMessage) - n
+	dst = appendOption(dst, OptionPadding, zeros)
+	dst = slices.Grow(dst, zeros)[:len(dst)+zeros]
+	clear(dst[len(dst)-zeros:])
+	return dst
+}
+
+// cutText returns s, or as many whole characters of it as fit in n octets.
+func cutText(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	for n > 0 && !utf8.RuneStart(s[n]) {
+		n--
+	}
+	return s[:n]
+}
