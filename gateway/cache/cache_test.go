@@ -1,0 +1,614 @@
+package cache
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"hash/maphash"
+	"math/rand/v2"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"dnsgateway/gateway/wire"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/miekg/dns"
+)
+
+const second = int64(time.Second)
+
+// start is a time for tests, in Unix nanoseconds.
+const start = 1_800_000_000 * second
+
+func newCache(t testing.TB, c Config) *Cache {
+	t.Helper()
+	if c.MaxBytes == 0 {
+		c.MaxBytes = 1 << 20
+	}
+	cache, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cache
+}
+
+// response packs a response to "a.example. A" from records in presentation form; a line "--" starts the next section.
+func response(t testing.TB, rcode int, records string) []byte {
+	t.Helper()
+	m := new(dns.Msg).SetQuestion("a.example.", dns.TypeA)
+	m.Response, m.Compress, m.Rcode = true, true, rcode
+	sections := []*[]dns.RR{&m.Answer, &m.Ns, &m.Extra}
+	for line := range strings.Lines(records) {
+		switch line = strings.TrimSpace(line); line {
+		case "":
+		case "--":
+			sections = sections[1:]
+		default:
+			rr, err := dns.NewRR(line)
+			if err != nil {
+				t.Fatal(err)
+			}
+			*sections[0] = append(*sections[0], rr)
+		}
+	}
+	msg, err := m.Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return msg
+}
+
+func answer(t testing.TB, msg []byte) *wire.Answer {
+	t.Helper()
+	a, err := wire.NewAnswer(msg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+// address returns an answer with an address that lives for ttl seconds.
+func address(t testing.TB, ttl uint32) *wire.Answer {
+	t.Helper()
+	return answer(t, response(t, 0, fmt.Sprintf("a.example. %d A 192.0.2.1", ttl)))
+}
+
+func ttls(a *wire.Answer) (list []uint32) {
+	for _, off := range a.TTLs {
+		list = append(list, binary.BigEndian.Uint32(a.Msg[off:]))
+	}
+	return list
+}
+
+func TestNew(t *testing.T) {
+	tests := []struct {
+		name   string
+		config Config
+		want   string // "" when there is no error
+	}{
+		{"smallest", Config{MaxBytes: MinBytes}, ""},
+		{"all fields", Config{MaxBytes: 1 << 26, MinTTL: time.Minute, MaxTTL: time.Hour, NegativeMaxTTL: time.Second}, ""},
+		{"zero", Config{}, "MaxBytes is 0, want at least 524288"},
+		{"small", Config{MaxBytes: MinBytes - 1}, "MaxBytes is 524287, want at least 524288"},
+		{"MinTTL negative", Config{MaxBytes: 1 << 20, MinTTL: -1}, "MinTTL is -1ns, want 0s to 24h0m0s, which is MaxTTL"},
+		{"MinTTL above MaxTTL", Config{MaxBytes: 1 << 20, MinTTL: 2 * time.Second, MaxTTL: time.Second}, "MinTTL is 2s, want 0s to 1s, which is MaxTTL"},
+		{"MaxTTL too short", Config{MaxBytes: 1 << 20, MaxTTL: 999 * time.Millisecond}, "MaxTTL is 999ms, want 1s to 596523h14m7s"},
+		{"NegativeMaxTTL too long", Config{MaxBytes: 1 << 20, NegativeMaxTTL: 1 << 62}, "NegativeMaxTTL is 1281023h53m38.427387904s, want 1s to 596523h14m7s"},
+		{"two mistakes", Config{MaxTTL: 1}, "MaxBytes is 0, want at least 524288\nMaxTTL is 1ns, want 1s to 596523h14m7s"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			got := ""
+			if _, err := New(tt.config); err != nil {
+				got = err.Error()
+			}
+			if got != tt.want {
+				t.Errorf("got %q, want %q", got, tt.want)
+			}
+		})
+	}
+}
+
+// TestLifetimes stores answers of every kind and looks at them through time.
+func TestLifetimes(t *testing.T) {
+	const soa = "example. 900 SOA ns.example. root.example. 1 2 3 4 "
+	type want struct {
+		life uint32 // seconds; 0: not stored
+		ttls []uint32
+	}
+	def := Config{}
+	bounded := Config{MinTTL: 30 * time.Second, MaxTTL: 200 * time.Second, NegativeMaxTTL: 50 * time.Second}
+	tests := []struct {
+		name    string
+		config  Config
+		rcode   int
+		records string
+		want    want
+	}{
+		{"one record", def, 0, "a.example. 300 A 192.0.2.1", want{300, []uint32{300}}},
+		{"two TTLs", def, 0, "a.example. 300 A 192.0.2.1\na.example. 20 A 192.0.2.2", want{20, []uint32{300, 20}}},
+		{"additional counts", def, 0, "a.example. 300 A 192.0.2.1\n--\n--\nb. 20 A 192.0.2.2", want{20, []uint32{300, 20}}},
+		{"TTL 0", def, 0, "a.example. 0 A 192.0.2.1", want{0, []uint32{0}}},
+		{"TTL 0 whatever MinTTL is", bounded, 0, "a.example. 0 A 192.0.2.1", want{0, []uint32{0}}},
+		{"a week becomes a day", def, 0, "a.example. 604800 A 192.0.2.1", want{86400, []uint32{86400}}},
+		{"raised", bounded, 0, "a.example. 1 A 192.0.2.1", want{30, []uint32{30}}},
+		{"lowered", bounded, 0, "a.example. 300 A 192.0.2.1", want{200, []uint32{200}}},
+		{"some raised and lowered", bounded, 0, "a.example. 300 A 192.0.2.1\na.example. 1 A 192.0.2.2\na.example. 100 A 192.0.2.3",
+			want{30, []uint32{200, 30, 100}}},
+		{"NODATA", def, 0, "--\n" + soa + "60", want{60, []uint32{60}}},
+		{"NXDOMAIN", def, 3, "--\n" + soa + "60", want{60, []uint32{60}}},
+		{"NXDOMAIN, SOA's TTL", def, 3, "--\n" + soa + "6000", want{900, []uint32{900}}},
+		{"NXDOMAIN with proofs", def, 3, "--\n" + soa + "60\na.example. 800 NSEC b.example. TXT", want{60, []uint32{60, 60}}},
+		{"NXDOMAIN behind a CNAME", def, 3, "a.example. 600 CNAME b.example.\n--\n" + soa + "60", want{60, []uint32{60, 60}}},
+		{"NXDOMAIN behind a short CNAME", def, 3, "a.example. 6 CNAME b.example.\n--\n" + soa + "60", want{6, []uint32{6, 6}}},
+		{"negative for a day", def, 3, "--\nexample. 90000 SOA ns. root. 1 2 3 4 90000", want{3600, []uint32{3600}}},
+		{"negative lowered", bounded, 3, "--\n" + soa + "60", want{50, []uint32{50}}},
+		{"negative raised", bounded, 3, "--\n" + soa + "1", want{30, []uint32{30}}},
+		{"MinTTL above NegativeMaxTTL", Config{MinTTL: time.Minute, NegativeMaxTTL: 5 * time.Second}, 3, "--\n" + soa + "1", want{5, []uint32{5}}},
+		{"NegativeMaxTTL above MaxTTL", Config{MaxTTL: 10 * time.Second}, 3, "--\n" + soa + "60", want{10, []uint32{10}}},
+		{"negative with MINIMUM 0", bounded, 3, "--\n" + soa + "0", want{0, []uint32{900}}},
+		{"NXDOMAIN without SOA", def, 3, "", want{}},
+		{"NODATA without SOA", def, 0, "", want{}},
+		{"referral", def, 0, "--\na.example. 60 NS ns.a.example.\n--\nns.a.example. 60 A 192.0.2.1", want{0, []uint32{60, 60}}},
+		{"SERVFAIL", def, 2, "a.example. 300 A 192.0.2.1", want{0, []uint32{300}}},
+		{"FORMERR", def, 1, "", want{}},
+		{"REFUSED", def, 5, "--\n" + soa + "60", want{0, []uint32{900}}},
+	}
+	key := []byte("key")
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			c := newCache(t, tt.config)
+			a := answer(t, response(t, tt.rcode, tt.records))
+			original := bytes.Clone(a.Msg)
+			put := c.Put(key, a, start)
+			if diff := cmp.Diff(ttls(put), tt.want.ttls); diff != "" {
+				t.Errorf("TTLs (-got +want)\n%s", diff)
+			}
+			if !bytes.Equal(a.Msg, original) {
+				t.Error("Put has changed its argument")
+			}
+			got, age, ok := c.Get(key, start)
+			if stored := tt.want.life > 0; ok != stored || stored != (put != a) || stored && got != put {
+				t.Fatalf("stored: got %v, %v, want %v", ok, put != a, stored)
+			}
+			if !ok {
+				if s := c.Stats(); s.Entries != 0 {
+					t.Errorf("%d entries, want 0", s.Entries)
+				}
+				return
+			}
+			if age != 0 {
+				t.Errorf("age %d, want 0", age)
+			}
+			end := start + int64(tt.want.life)*second
+			if _, age, ok := c.Get(key, end-1); !ok || age != tt.want.life-1 {
+				t.Errorf("a nanosecond before its end: %v, age %d, want true, %d", ok, age, tt.want.life-1)
+			}
+			if _, _, ok := c.Get(key, end); ok {
+				t.Error("it outlives its TTL")
+			}
+		})
+	}
+}
+
+func TestTruncatedIsNotStored(t *testing.T) {
+	c := newCache(t, Config{})
+	msg := response(t, 0, "a.example. 300 A 192.0.2.1")
+	msg[2] |= 2
+	c.Put([]byte("key"), answer(t, msg), start)
+	if _, _, ok := c.Get([]byte("key"), start); ok {
+		t.Error("a truncated answer was stored")
+	}
+}
+
+func TestClockSetBack(t *testing.T) {
+	c := newCache(t, Config{})
+	c.Put([]byte("key"), address(t, 300), start)
+	if _, age, ok := c.Get([]byte("key"), start-clockSlack); !ok || age != 0 {
+		t.Errorf("within the slack: %v, age %d, want true, 0", ok, age)
+	}
+	if _, _, ok := c.Get([]byte("key"), start-clockSlack-1); ok {
+		t.Error("an entry from the future is served")
+	}
+}
+
+func TestReplace(t *testing.T) {
+	c := newCache(t, Config{})
+	key := []byte("key")
+	first := c.Put(key, address(t, 10), start)
+	c.Put(key, answer(t, response(t, 2, "")), start+second)
+	if got, _, _ := c.Get(key, start+second); got != first {
+		t.Error("a SERVFAIL took the place of a good answer")
+	}
+	second := c.Put(key, address(t, 20), start+5*second)
+	if got, age, ok := c.Get(key, start+14*int64(time.Second)); !ok || got != second || age != 9 {
+		t.Errorf("got %v, age %d, want the second answer", ok, age)
+	}
+	if s := c.Stats(); s.Entries != 1 {
+		t.Errorf("%d entries, want 1", s.Entries)
+	}
+	key[0]++ // the cache must not have kept it
+	if _, _, ok := c.Get([]byte("key"), start+6*int64(time.Second)); !ok {
+		t.Error("the caller's key was kept")
+	}
+}
+
+func TestKeepsNoBuffer(t *testing.T) {
+	c := newCache(t, Config{})
+	msg := append(make([]byte, 0, 65536), response(t, 0, "a.example. 300 A 192.0.2.1")...)
+	a := c.Put([]byte("key"), answer(t, msg), start)
+	if cap(a.Msg) > len(a.Msg)+16 {
+		t.Errorf("%d octets are kept for an answer of %d", cap(a.Msg), len(a.Msg))
+	}
+	clear(msg[:cap(msg)])
+	if got, _, _ := c.Get([]byte("key"), start); got.Msg[5] != 1 {
+		t.Error("the cache shares memory with the caller")
+	}
+}
+
+func TestStatsAndFlush(t *testing.T) {
+	c := newCache(t, Config{MaxBytes: 4 << 20})
+	empty := c.Stats()
+	if empty.MaxBytes != 4<<20 || empty.Bytes <= 0 || empty.Bytes > empty.MaxBytes/20 {
+		t.Errorf("an empty cache has %+v", empty)
+	}
+	for i := range 100 {
+		c.Put(fmt.Append(nil, i), address(t, 300), start)
+	}
+	for i := range 150 {
+		c.Get(fmt.Append(nil, i), start)
+	}
+	c.Get(fmt.Append(nil, 1), start+300*second)
+	s := c.Stats()
+	bytes := s.Bytes - empty.Bytes
+	if s.Entries != 100 || s.Hits != 100 || s.Misses != 51 || s.Evictions != 0 || bytes < 100*200 || bytes > 100*500 {
+		t.Errorf("got %+v", s)
+	}
+	c.Flush()
+	want := Stats{Bytes: empty.Bytes, MaxBytes: empty.MaxBytes, Hits: 100, Misses: 51}
+	if diff := cmp.Diff(c.Stats(), want); diff != "" {
+		t.Errorf("(-got +want)\n%s", diff)
+	}
+	if _, _, ok := c.Get(fmt.Append(nil, 1), start); ok {
+		t.Error("an answer survived Flush")
+	}
+	c.Put(fmt.Append(nil, 1), address(t, 300), start)
+	if _, _, ok := c.Get(fmt.Append(nil, 1), start); !ok {
+		t.Error("nothing can be stored after Flush")
+	}
+}
+
+// TestScan asks some names a few times and then very many names once each: the former stay. A cache that forgets what was
+// asked for longest ago would have lost all of them.
+func TestScan(t *testing.T) {
+	c := newCache(t, Config{MaxBytes: 2 << 20})
+	a := address(t, 3600)
+	const popular = 1000
+	for range 4 {
+		for i := range popular {
+			if key := fmt.Appendf(nil, "popular%d", i); !has(c, key) {
+				c.Put(key, a, start)
+			}
+		}
+	}
+	for i := range 50000 {
+		if key := fmt.Appendf(nil, "scan%d", i); !has(c, key) {
+			c.Put(key, a, start)
+		}
+	}
+	lost := 0
+	for i := range popular {
+		if !has(c, fmt.Appendf(nil, "popular%d", i)) {
+			lost++
+		}
+	}
+	if s := c.Stats(); lost > 0 || s.Evictions < 40000 {
+		t.Errorf("%d of %d popular names are lost: %+v", lost, popular, s)
+	}
+	check(t, c)
+}
+
+func has(c *Cache, key []byte) bool {
+	_, _, ok := c.Get(key, start)
+	return ok
+}
+
+// TestGhost asks twice for a name, the second time soon after it was forgotten: then it is kept.
+func TestGhost(t *testing.T) {
+	c := newCache(t, Config{MaxBytes: MinBytes})
+	a := address(t, 3600)
+	present := func(key string) bool {
+		e := *c.shards[0].slot(hashOf(c, key))
+		for e != nil && string(e.key) != key {
+			e = e.chain
+		}
+		return e != nil
+	}
+	c.Put([]byte("once"), a, start)
+	c.Put([]byte("twice"), a, start)
+	for i := 0; present("twice"); i++ {
+		c.Put(fmt.Appendf(nil, "fill%d", i), a, start)
+	}
+	c.Put([]byte("twice"), a, start)
+	if e := *c.shards[0].slot(hashOf(c, "twice")); e.queue != &c.shards[0].main {
+		t.Error("a ghost came back into the small queue")
+	}
+	for i := range 3000 {
+		c.Put(fmt.Appendf(nil, "more%d", i), a, start)
+	}
+	if !present("twice") || present("once") {
+		t.Errorf("twice %v, once %v, want true, false", present("twice"), present("once"))
+	}
+}
+
+func hashOf(c *Cache, key string) uint64 { return maphash.String(c.seed, key) }
+
+// TestEviction looks at single steps: where does the entry go that is next?
+func TestEviction(t *testing.T) {
+	const small, main, out, ghost = "small", "main", "out", "out, a ghost"
+	for _, tt := range []struct {
+		name string
+		from string
+		hits uint32
+		age  int64 // seconds, of 10 to live
+		want string
+	}{
+		{"new", small, 0, 5, ghost},
+		{"asked for again", small, 1, 5, ghost},
+		{"popular", small, promoteAt, 5, main},
+		{"popular, but over", small, maxFrequency, 10, out},
+		{"main, not asked for", main, 0, 5, out},
+		{"main, asked for", main, 1, 5, main},
+		{"main, asked for, but over", main, maxFrequency, 10, out},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var s shard
+			s.init(MinBytes)
+			e := newEntry(1<<40|5, []byte("key"), address(t, 10), start, 10)
+			now := start + tt.age*second
+			s.put(e, start)
+			e.hits.Store(tt.hits)
+			if tt.from == main {
+				s.main.push(s.small.pop())
+				s.evictMain(now)
+			} else {
+				s.evictSmall(now)
+			}
+			got := out
+			switch {
+			case s.main.head == e && e.queue == &s.main && s.entries == 1:
+				got = main
+			case s.entries == 0 && s.wasGhost(e.hash):
+				got = ghost
+			}
+			if got != tt.want {
+				t.Errorf("got %s, want %s", got, tt.want)
+			}
+			if left := e.hits.Load(); got == main && left >= max(tt.hits, 1) {
+				t.Errorf("%d of %d hits are left", left, tt.hits)
+			}
+			if inTable := *s.slot(e.hash) == e; inTable != (got == main) {
+				t.Errorf("in the table: %v", inTable)
+			}
+		})
+	}
+}
+
+// check verifies what must hold for every shard: the bound, the sums, and the links.
+func check(t *testing.T, c *Cache) {
+	t.Helper()
+	for i := range c.shards {
+		s := &c.shards[i]
+		var n, entries int64
+		for _, e := range s.slots {
+			for ; e != nil; e = e.chain {
+				entries++
+			}
+		}
+		for _, q := range []*queue{&s.small, &s.main} {
+			var sum int64
+			var prev *entry
+			for e := q.head; e != nil; prev, e = e, e.next {
+				if e.prev != prev || e.queue != q || e.hits.Load() > maxFrequency {
+					t.Fatalf("shard %d: bad links at %q", i, e.key)
+				}
+				sum += int64(e.cost)
+				n++
+			}
+			if q.tail != prev || sum != q.bytes {
+				t.Fatalf("shard %d: tail %v, %d octets, want %d", i, q.tail == prev, q.bytes, sum)
+			}
+		}
+		if n != entries || n != s.entries {
+			t.Fatalf("shard %d: %d in the queues, %d in the table, %d counted", i, n, entries, s.entries)
+		}
+		if s.small.bytes+s.main.bytes > s.room {
+			t.Fatalf("shard %d: %d octets, want at most %d", i, s.small.bytes+s.main.bytes, s.room)
+		}
+	}
+	if s := c.Stats(); s.Bytes > s.MaxBytes {
+		t.Fatalf("%d octets, want at most %d", s.Bytes, s.MaxBytes)
+	}
+}
+
+// FuzzCache plays random operations and compares with a map that forgets nothing: what the cache has is what was put
+// last, it is never too old, and its TTLs never grow.
+func FuzzCache(f *testing.F) {
+	f.Add(uint64(1), uint16(500))
+	f.Add(uint64(2), uint16(5000))
+	f.Fuzz(func(t *testing.T, seed uint64, steps uint16) {
+		rnd := rand.New(rand.NewPCG(seed, 1))
+		c := newCache(t, Config{MaxBytes: MinBytes, MinTTL: time.Duration(rnd.IntN(3)) * time.Second, MaxTTL: 100 * time.Second})
+		type stored struct {
+			a   *wire.Answer
+			at  int64
+			age uint32
+		}
+		model := map[string]*stored{}
+		now := start
+		for range steps {
+			now += rnd.Int64N(second)
+			key := fmt.Append(nil, rnd.IntN(3000))
+			if rnd.IntN(2) == 0 {
+				a := answer(t, response(t, 0, fmt.Sprintf("a.example. %d TXT %s\na.example. %d A 192.0.2.1", 1+rnd.IntN(200),
+					strings.Repeat("x", 1+rnd.IntN(250)), rnd.IntN(200))))
+				if put := c.Put(key, a, now); put != a {
+					model[string(key)] = &stored{a: put, at: now}
+				}
+				continue
+			}
+			got, age, ok := c.Get(key, now)
+			if !ok {
+				continue
+			}
+			want := model[string(key)]
+			if want == nil || got != want.a || age < want.age || int64(age) != (now-want.at)/second {
+				t.Fatalf("key %s: age %d, want %+v", key, age, want)
+			}
+			if slices.Min(ttls(got)) <= age || slices.Max(ttls(got)) > 100 {
+				t.Fatalf("key %s: TTLs %v at age %d", key, ttls(got), age)
+			}
+			want.age = age
+		}
+		check(t, c)
+	})
+}
+
+// TestMemory fills a cache and compares what it says it uses with what the heap says.
+func TestMemory(t *testing.T) {
+	for _, tt := range []struct{ name, records string }{
+		{"addresses", "a.example. 300 A 192.0.2.1"},
+		{"negative", "--\nexample. 300 SOA ns.example. root.example. 1 2 3 4 60"},
+		{"many records", "a.example. 300 A 192.0.2.1" + strings.Repeat("\nb.example. 300 TXT "+strings.Repeat("x ", 30), 10)},
+		{"large", "a.example. 300 A 192.0.2.1\na.example. 300 TXT " + strings.Repeat("x ", 10000)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			const size = 16 << 20
+			a := answer(t, response(t, 0, tt.records))
+			before := heap()
+			c := newCache(t, Config{MaxBytes: size})
+			for i := 0; i < size/256 && (i%64 > 0 || c.Stats().Evictions < 1000); i++ {
+				c.Put(fmt.Appendf(nil, "\x08host%04x\x07example\x03org\x00aabcccc", i), a, start)
+			}
+			used := heap() - before
+			s := c.Stats()
+			t.Logf("%d entries, %d octets counted, %d on the heap, %.3f", s.Entries, s.Bytes, used, float64(used)/float64(s.Bytes))
+			if ratio := float64(used) / float64(s.Bytes); ratio > 1.02 || ratio < 0.9 {
+				t.Errorf("%d octets are counted, %d are used: %.2f", s.Bytes, used, ratio)
+			}
+			if s.Evictions == 0 || s.Bytes > size || s.Bytes < size*8/10 {
+				t.Errorf("%d octets of %d are used, %d evictions", s.Bytes, int64(size), s.Evictions)
+			}
+			check(t, c)
+			runtime.KeepAlive(c)
+		})
+	}
+}
+
+func heap() int64 {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc)
+}
+
+// TestTogether lets many goroutines work on few keys; the race detector watches.
+func TestTogether(t *testing.T) {
+	c := newCache(t, Config{MaxBytes: MinBytes})
+	var wg sync.WaitGroup
+	a := address(t, 300)
+	q := wire.Query{}
+	q.Parse(unparsed(t))
+	shape := wire.Shape{UDPSize: 1232}
+	for g := range 8 {
+		wg.Go(func() {
+			rnd := rand.New(rand.NewPCG(uint64(g), 1))
+			var dst []byte
+			for i := range 2000 {
+				key := fmt.Append(nil, rnd.IntN(2500))
+				if got, age, ok := c.Get(key, start); ok {
+					dst = shape.AppendAnswer(dst[:0], &q, got, age)
+				} else {
+					c.Put(key, a, start)
+				}
+				if i%500 == 0 {
+					c.Stats()
+				}
+			}
+			if g == 0 {
+				c.Flush()
+			}
+		})
+	}
+	wg.Wait()
+	check(t, c)
+	if s := c.Stats(); s.Hits+s.Misses != 8*2000 {
+		t.Errorf("%d hits and %d misses, want %d together", s.Hits, s.Misses, 8*2000)
+	}
+}
+
+func unparsed(t testing.TB) []byte {
+	t.Helper()
+	msg, err := new(dns.Msg).SetQuestion("a.example.", dns.TypeA).Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return msg
+}
+
+func TestGetDoesNotAllocate(t *testing.T) {
+	c := newCache(t, Config{})
+	hit, miss := []byte("\x01a\x07example\x00aabcccc"), []byte("\x01b\x07example\x00aabcccc")
+	c.Put(hit, address(t, 300), start)
+	if n := testing.AllocsPerRun(100, func() { c.Get(hit, start); c.Get(miss, start) }); n != 0 {
+		t.Errorf("%v allocs, want 0", n)
+	}
+}
+
+func BenchmarkGet(b *testing.B) {
+	c := newCache(b, Config{MaxBytes: 64 << 20})
+	a := address(b, 3600)
+	keys := make([][]byte, 1<<15)
+	for i := range keys {
+		keys[i] = fmt.Appendf(nil, "\x08host%04x\x07example\x03org\x00aabcccc", i)
+		c.Put(keys[i], a, start)
+	}
+	b.Run("serial", func(b *testing.B) {
+		b.ReportAllocs()
+		for i := 0; b.Loop(); i++ {
+			c.Get(keys[i*7919%len(keys)], start)
+		}
+	})
+	b.Run("parallel", func(b *testing.B) {
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			for i := rand.Int(); pb.Next(); i++ {
+				c.Get(keys[uint(i)*7919%uint(len(keys))], start)
+			}
+		})
+	})
+	b.Run("parallel, one key", func(b *testing.B) {
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				c.Get(keys[0], start)
+			}
+		})
+	})
+}
+
+func BenchmarkPut(b *testing.B) {
+	c := newCache(b, Config{MaxBytes: 16 << 20})
+	a := address(b, 3600)
+	key := []byte("\x08host0000\x07example\x03org\x00aabcccc")
+	b.ReportAllocs()
+	for i := uint32(0); b.Loop(); i++ {
+		binary.BigEndian.PutUint32(key[1:], i)
+		c.Put(key, a, start)
+	}
+}
