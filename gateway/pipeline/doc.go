@@ -1,0 +1,46 @@
+// Package pipeline is the one door: every query of every transport enters by [Pipeline.ServeWire], and by
+// [Pipeline.Resolve] when that says Miss. It owns the order of the stages and what goes into the cache; what the stages
+// do is in the packages that it calls.
+//
+// # The order of stages
+//
+//	parse      wire      done by the listener: Query.Parse. What is no query (QR=1, too short) is dropped here.
+//	admit      access    before every answer, errors and cache hits included, or they would amplify:
+//	                     not allowed: REFUSED or silence; over its rate: TC=1 or silence over UDP, else REFUSED
+//	fault      wire      the RCODE that the message itself earned: FORMERR, NOTIMP, BADVERS
+//	lookup     cache     a Plain query's answer: copied, aged and shaped for the client
+//	-- Miss: from here on *dns.Msg, allocations and waiting are allowed --
+//	own        pipeline  what never leaves: class CH, AXFR, IXFR, ANY, meta types, signed queries; see own.go
+//	lookup     cache     again, for Odd queries, whose Plain form may be known
+//	bound      pipeline  more than Config.Inflight exchanges at once are shed, never queued
+//	exchange   Exchanger a fresh query with nothing of the client's but the question, DO and CD
+//	check      pipeline  is this a response to what was asked? Its upstream should have made sure; see upstream.go
+//	store      cache     lifetimes decide (RFC 2308); SERVFAIL and truncated answers never
+//	shape      wire      the same last step as in a cache hit, so that both are equal byte by byte
+//
+// Both methods recover from a panic: the client gets SERVFAIL or nothing, the log gets the stack, the program goes on.
+//
+// # Who may import what
+//
+// A test in package gateway holds the house to this table with go list.
+//
+//	package           may import of ours                          never
+//	cmd/dnsgateway    gateway, config, lab, certs, observe
+//	gateway           all below
+//	config            none                                        only gateway and cmd import it
+//	wire              none, and nothing but the standard library  miekg/dns, dnsproxy
+//	access            none                                        miekg/dns, dnsproxy
+//	cache             wire                                        miekg/dns, dnsproxy
+//	route             none                                        miekg/dns, dnsproxy
+//	local             wire
+//	forward           none                                        only it and listen import dnsproxy
+//	dnssec            none                                        forward
+//	pipeline          wire access cache route local dnssec        forward, listen, admin, config, observe
+//	listen            wire                                        pipeline
+//	certs             none
+//	observe, admin    none
+//	integration       lab
+//
+// What surprises a newcomer: a query that the pipeline refuses is [wire.Answered], and Resolve returns no error for
+// SERVFAIL. An answer is not an error.
+package pipeline

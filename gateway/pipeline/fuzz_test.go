@@ -1,0 +1,200 @@
+package pipeline
+
+import (
+	"bytes"
+	"context"
+	"net/netip"
+	"testing"
+
+	"dnsgateway/gateway/access"
+	"dnsgateway/gateway/cache"
+	"dnsgateway/gateway/wire"
+
+	"github.com/miekg/dns"
+)
+
+// seeds are queries of all kinds.
+func seeds(f *testing.F) {
+	ecs := &dns.EDNS0_SUBNET{Code: dns.EDNS0SUBNET, Family: 1, SourceNetmask: 24, Address: []byte{192, 0, 2, 0}}
+	padding := &dns.EDNS0_PADDING{Padding: make([]byte, 20)}
+	for i, m := range []*dns.Msg{
+		dig("one.test.", dns.TypeA),
+		dig("Alias.test.", dns.TypeAAAA, noedns, noad),
+		dig("big.test.", dns.TypeTXT, bufsize(700), dnssec),
+		dig("nxdomain.test.", dns.TypeMX, cdflag, option(padding)),
+		dig("nodata.test.", 65280, option(ecs, padding)),
+		dig("servfail.test.", dns.TypeA, norec),
+		dig("records.test.", dns.TypeTXT, option(padding)),
+		dig("referral.test.", dns.TypeNS, class(dns.ClassHESIOD)),
+		dig("version.bind.", dns.TypeTXT, class(dns.ClassCHAOS)),
+		dig("example.com.", dns.TypeANY),
+		dig("example.com.", dns.TypeAXFR),
+		dig("example.com.", dns.TypeSOA, opcode(dns.OpcodeUpdate)),
+		dig("example.com.", dns.TypeA, func(m *dns.Msg) { m.Extra = append(m.Extra, signature) }),
+		dig("tc.test.", dns.TypeA, additional("x. 1 IN A 192.0.2.1")),
+	} {
+		raw, err := m.Pack()
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(raw, uint8(i))
+	}
+	f.Add(message(0x0100, 2, 0, 0, 0, questionA+questionA), uint8(0))
+	f.Add(message(0x0100, 1, 0, 0, 2, questionA+optOK+optOK), uint8(0))
+}
+
+// honest fails the test when anything but a clean QUERY goes out.
+func honest(t testing.TB) exchange {
+	return func(ctx context.Context, req *dns.Msg) (*dns.Msg, error) {
+		question := req.Question[0]
+		switch opt := req.IsEdns0(); {
+		case req.Response || req.Opcode != dns.OpcodeQuery || !req.RecursionDesired || req.Rcode != 0:
+			t.Errorf("this went out:\n%v", req)
+		case len(req.Question) != 1 || len(req.Answer)+len(req.Ns) != 0 || len(req.Extra) != 1:
+			t.Errorf("this went out:\n%v", req)
+		case opt == nil || len(opt.Option) != 0 || opt.Version() != 0 || opt.UDPSize() != 1232:
+			t.Errorf("this went out:\n%v", req)
+		}
+		switch question.Qtype {
+		case dns.TypeNone, dns.TypeOPT, dns.TypeTSIG, dns.TypeTKEY, dns.TypeAXFR, dns.TypeIXFR, dns.TypeANY, dns.TypeNXNAME:
+			t.Errorf("a question for %v went out", question)
+		}
+		switch question.Qclass {
+		case 0, dns.ClassCHAOS, dns.ClassNONE, dns.ClassANY:
+			t.Errorf("a question for %v went out", question)
+		}
+		if _, err := req.Pack(); err != nil {
+			t.Errorf("a query that cannot be packed went out: %v\n%v", err, req)
+		}
+		return world(ctx, req)
+	}
+}
+
+// FuzzFastEqualsSlow holds the two halves of the pipeline equal: the same bytes through ServeWire after a store, and
+// through Resolve with no cache.
+func FuzzFastEqualsSlow(f *testing.F) {
+	seeds(f)
+	store, err := cache.New(cache.Config{MaxBytes: 4 << 20})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, raw []byte, n uint8) {
+		transport := transports[int(n)%len(transports)]
+		store.Flush()
+		clock := newClock()
+		fast := mustNew(t, Config{Cache: store, Upstream: honest(t), Now: clock.Now})
+		slow := mustNew(t, Config{Upstream: honest(t), Now: clock.Now})
+
+		want, wantVerdict := ask(t, slow, query(slow, transport, bytes.Clone(raw)))
+		first, v := ask(t, fast, query(fast, transport, bytes.Clone(raw)))
+		if v != wantVerdict || !bytes.Equal(first, want) {
+			t.Fatalf("%x: before the store: %v\n%x\nwant %v\n%x", raw, v, first, wantVerdict, want)
+		}
+		second, v := ask(t, fast, query(fast, transport, bytes.Clone(raw)))
+		if !bytes.Equal(second, want) {
+			t.Fatalf("%x: after the store: %v\n%x\nwant\n%x", raw, v, second, want)
+		}
+		if q := query(fast, transport, raw); v == wire.Answered && q.Kind == wire.Plain != (wantVerdict == wire.Miss) {
+			t.Errorf("%x: the verdict is %v, and %v without a cache", raw, v, wantVerdict)
+		}
+	})
+}
+
+// FuzzAnything sends any bytes: the gateway does not crash, logs nothing, forwards nothing but queries, and a response
+// is one that its client can take.
+func FuzzAnything(f *testing.F) {
+	seeds(f)
+	control, err := access.New(access.Config{Everywhere: true, Allow: access.PrivateNetworks()})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, raw []byte, n uint8) {
+		transport := transports[int(n)%len(transports)]
+		p := mustNew(t, Config{Access: control, Cache: nil, Upstream: honest(t), Chaos: map[string]string{"version.bind": "x"}})
+		q := query(p, transport, bytes.Clone(raw))
+		stranger := n >= 128
+		if stranger {
+			q.Client = netip.MustParseAddrPort("192.0.2.1:53")
+			p.upstream = noUpstream(t)
+		}
+		out, v := ask(t, p, q)
+		if !bytes.Equal(q.Raw, raw) {
+			t.Fatal("the query was changed")
+		}
+		if len(raw) < wire.HeaderLen || raw[2]&0x80 != 0 {
+			if out != nil || v != wire.Dropped {
+				t.Fatalf("junk is answered: %x", out)
+			}
+			return
+		}
+		m := checkResponse(t, q, out)
+		if opcode := raw[2] >> 3 & 15; !stranger && opcode != 0 && m.Rcode != dns.RcodeNotImplemented {
+			t.Errorf("opcode %d: RCODE %d, want NOTIMP", opcode, m.Rcode)
+		}
+		if stranger && m.Rcode != dns.RcodeRefused {
+			t.Errorf("a stranger got RCODE %d", m.Rcode)
+		}
+		// What EDE may add is all that an error is longer than its query.
+		if v == wire.Answered && transport == wire.UDP && len(out) > len(raw)+6 {
+			t.Errorf("%d octets for %d", len(out), len(raw))
+		}
+		checkOffer(t, raw, transport, m, len(out))
+	})
+}
+
+// checkOffer reads the client's offer with other eyes than the gateway does.
+func checkOffer(t *testing.T, raw []byte, transport wire.Transport, m *dns.Msg, n int) {
+	t.Helper()
+	var asked dns.Msg
+	if transport != wire.UDP || asked.Unpack(raw) != nil {
+		return
+	}
+	size := 512
+	if opt := asked.IsEdns0(); opt != nil {
+		size = max(size, int(opt.UDPSize()))
+	}
+	if n > min(size, 1232) {
+		t.Errorf("%d octets to a client that offers %d", n, size)
+	}
+	if m.Rcode == 0 && len(asked.Question) == 1 && (len(m.Question) != 1 || m.Question[0] != asked.Question[0]) {
+		t.Errorf("the question came back as %v, want %v", m.Question, asked.Question)
+	}
+}
+
+// FuzzUpstream sends any bytes as the upstream's response to one question: the client gets a response to that question
+// or SERVFAIL, and the cache gives the same one.
+func FuzzUpstream(f *testing.F) {
+	for _, name := range []string{"one", "alias", "big", "nxdomain", "nodata", "servfail", "referral", "records", "tc"} {
+		resp, err := world(context.Background(), dig(name+".test.", dns.TypeTXT, dnssec))
+		if err != nil {
+			f.Fatal(err)
+		}
+		resp.Question[0].Name = "example.com."
+		raw, err := resp.Pack()
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(raw, uint8(len(name)))
+	}
+	store, err := cache.New(cache.Config{MaxBytes: 4 << 20})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, raw []byte, n uint8) {
+		store.Flush()
+		p := mustNew(t, Config{Cache: store, TrustAD: true, Upstream: exchange(func(context.Context, *dns.Msg) (*dns.Msg, error) {
+			resp := new(dns.Msg)
+			return resp, resp.Unpack(raw)
+		})})
+		asked := pack(t, dig("eXample.com.", dns.TypeTXT, option(&dns.EDNS0_PADDING{})))
+		transport := transports[int(n)%len(transports)]
+		first, _ := ask(t, p, query(p, transport, asked))
+		if m := checkResponse(t, query(p, transport, asked), first); m.Rcode > maxPlainRcode {
+			t.Errorf("%x: RCODE %d passed", raw, m.Rcode)
+		}
+		second, _ := ask(t, p, query(p, transport, asked))
+		if !bytes.Equal(first, second) {
+			t.Errorf("%x: a hit differs from the miss:\n%x\n%x", raw, second, first)
+		}
+	})
+}
