@@ -1,0 +1,317 @@
+package observe
+
+import (
+	"bytes"
+	"flag"
+	"fmt"
+	"log/slog"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+)
+
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+func newMetrics(t testing.TB) *Metrics {
+	t.Helper()
+	m, err := New(prometheus.NewRegistry(), "1.2.3")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// exposition returns what a scrape of m sees.
+func exposition(t testing.TB, m *Metrics) string {
+	t.Helper()
+	w := httptest.NewRecorder()
+	m.Handler(nil).ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+	if w.Code != 200 {
+		t.Fatalf("scrape: status %d: %s", w.Code, w.Body)
+	}
+	return w.Body.String()
+}
+
+// ours returns the lines about the gateway's own metrics, without the buckets and with the Go version normalised.
+func ours(text string) string {
+	var b strings.Builder
+	for line := range strings.Lines(text) {
+		if !strings.Contains(line, "dnsgateway_") || strings.Contains(line, "_bucket{") {
+			continue
+		}
+		if strings.Contains(line, "goversion=") {
+			line = "dnsgateway_build_info{goversion=\"go\",version=\"1.2.3\"} 1\n"
+		}
+		b.WriteString(line)
+	}
+	return b.String()
+}
+
+// fill gives every metric a value.
+func fill(m *Metrics) {
+	udp := m.Transport("udp")
+	udp.Query(Hit, 0, 20*time.Microsecond)
+	udp.Query(Hit, 0, 20*time.Microsecond)
+	udp.Query(Miss, 3, 20*time.Millisecond)
+	udp.Query(Local, 16, time.Microsecond)
+	udp.Query(Refused, 5, time.Microsecond)
+	udp.Query(Dropped, 5, time.Microsecond) // the rcode of what was not sent is not shown
+	udp.Query(Limited, 0, time.Microsecond)
+	udp.Query(Miss, 4095, -time.Second) // a clock that was set back
+	udp.Query(numOutcomes, 0, time.Second)
+	m.Transport("dot").Query(Miss, 23, 10*time.Second)
+
+	s := m.Server("default", "tls://192.0.2.1#dns.example")
+	s.Done(10*time.Millisecond, 0, "")
+	s.Done(10*time.Millisecond, 3, "")
+	s.Done(time.Second, 200, "")
+	s.Done(0, -1, "") // a caller's mistake
+	s.Done(time.Second, -1, "timeout")
+	m.WatchCache(func() CacheStats { return CacheStats{1, 2, 3, 4, 5, 6} })
+	m.WatchInflight(func() InflightStats { return InflightStats{7, 8} })
+	m.WatchListeners(func() []ListenerStats {
+		return []ListenerStats{{"a", "tcp", 1}, {"a", "tcp", 2}, {"b", "dot", 4}}
+	})
+}
+
+func TestExposition(t *testing.T) {
+	m := newMetrics(t)
+	fill(m)
+	got := ours(exposition(t, m))
+	golden := filepath.Join("testdata", "metrics.txt")
+	if *update {
+		if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(golden)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(got, string(want)); d != "" {
+		t.Errorf("exposition (-got +want, rewrite by -update):\n%s", d)
+	}
+}
+
+func TestExpositionLint(t *testing.T) {
+	m := newMetrics(t)
+	fill(m)
+	problems, err := promlint.New(strings.NewReader(exposition(t, m))).Lint()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		t.Errorf("%s: %s", p.Metric, p.Text)
+	}
+}
+
+func TestRuntimeMetrics(t *testing.T) {
+	text := exposition(t, newMetrics(t))
+	for _, name := range []string{"go_goroutines ", "process_start_time_seconds "} {
+		if !strings.Contains(text, "\n"+name) {
+			t.Errorf("no %sin the exposition", name)
+		}
+	}
+	if strings.Contains(text, "dnsgateway_cache_") || strings.Contains(text, "dnsgateway_inflight_") {
+		t.Errorf("state without a source:\n%s", ours(text))
+	}
+}
+
+// TestLabels holds the promise that no client and no name can become a label.
+func TestLabels(t *testing.T) {
+	m := newMetrics(t)
+	fill(m)
+	families, err := m.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	allowed := []string{"transport", "outcome", "rcode", "listener", "group", "server", "kind", "version", "goversion"}
+	for _, f := range families {
+		if !strings.HasPrefix(f.GetName(), "dnsgateway_") {
+			continue
+		}
+		for _, metric := range f.GetMetric() {
+			for _, l := range metric.GetLabel() {
+				if !slices.Contains(allowed, l.GetName()) {
+					t.Errorf("%s has a label %q", f.GetName(), l.GetName())
+				}
+			}
+		}
+	}
+}
+
+func TestNewRefusals(t *testing.T) {
+	if _, err := New(nil, "1"); err == nil {
+		t.Error("no registry: no error")
+	}
+	reg := prometheus.NewRegistry()
+	if _, err := New(reg, "1"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(reg, "1"); err == nil {
+		t.Error("a registry twice: no error")
+	}
+}
+
+func TestHandlesAreTheSame(t *testing.T) {
+	m := newMetrics(t)
+	if first, second := m.Transport("udp"), m.Transport("udp"); first != second {
+		t.Error("two handles for one transport")
+	}
+	if first, second := m.Server("g", "s"), m.Server("g", "s"); first != second {
+		t.Error("two handles for one server")
+	}
+}
+
+// TestForeignLabels feeds what the operator's file may hold by mistake.
+func TestForeignLabels(t *testing.T) {
+	m := newMetrics(t)
+	m.Transport("\xff").Query(Hit, 0, 0)
+	m.Server("\xff", "\"\n\xfe").Done(0, 0, "\xff")
+	m.WatchListeners(func() []ListenerStats { return []ListenerStats{{"\xff", "tcp", 1}, {"\xfe", "tcp", 1}} })
+	text := exposition(t, m)
+	if want := "dnsgateway_connections{listener=\"\uFFFD\",transport=\"tcp\"} 2\n"; !strings.Contains(text, want) {
+		t.Errorf("no %q in:\n%s", want, ours(text))
+	}
+}
+
+func TestWatchNil(t *testing.T) {
+	m := newMetrics(t)
+	fill(m)
+	m.WatchCache(nil)
+	m.WatchInflight(nil)
+	m.WatchListeners(nil)
+	text := exposition(t, m)
+	for _, name := range []string{"dnsgateway_cache_", "dnsgateway_inflight_", "dnsgateway_connections"} {
+		if strings.Contains(text, name) {
+			t.Errorf("%s is still there", name)
+		}
+	}
+}
+
+func TestHistogramBuckets(t *testing.T) {
+	m := newMetrics(t)
+	for _, d := range []time.Duration{0, 10 * time.Microsecond, 10*time.Microsecond + 1, 5 * time.Second, 5*time.Second + 1} {
+		m.Transport("udp").Query(Hit, 0, d)
+	}
+	text := exposition(t, m)
+	for _, c := range []struct {
+		le   string
+		want int
+	}{{"1e-05", 2}, {"2.5e-05", 3}, {"2.5", 3}, {"5", 4}, {"+Inf", 5}} {
+		line := fmt.Sprintf("dnsgateway_query_duration_seconds_bucket{outcome=\"hit\",transport=\"udp\",le=%q} %d\n", c.le, c.want)
+		if !strings.Contains(text, line) {
+			t.Errorf("no line %s", line)
+		}
+	}
+}
+
+// TestNothingIsLost counts from many goroutines while others scrape.
+func TestNothingIsLost(t *testing.T) {
+	m := newMetrics(t)
+	udp := m.Transport("udp")
+	const workers, each = 8, 2000
+	var wg sync.WaitGroup
+	for range workers {
+		wg.Go(func() {
+			for range each {
+				udp.Query(Hit, 0, 30*time.Microsecond)
+			}
+		})
+	}
+	for range 10 {
+		exposition(t, m)
+	}
+	wg.Wait()
+	text := exposition(t, m)
+	for _, want := range []string{
+		fmt.Sprintf("dnsgateway_queries_total{outcome=\"hit\",rcode=\"NOERROR\",transport=\"udp\"} %d\n", workers*each),
+		fmt.Sprintf("dnsgateway_query_duration_seconds_count{outcome=\"hit\",transport=\"udp\"} %d\n", workers*each),
+		"dnsgateway_query_duration_seconds_sum{outcome=\"hit\",transport=\"udp\"} 0.48\n",
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no %s in:\n%s", want, ours(text))
+		}
+	}
+}
+
+func TestQueryAllocations(t *testing.T) {
+	udp := newMetrics(t).Transport("udp")
+	if n := testing.AllocsPerRun(1000, func() { udp.Query(Hit, 0, 30*time.Microsecond) }); n != 0 {
+		t.Errorf("Query: %v allocs, want 0", n)
+	}
+}
+
+func TestServerAllocations(t *testing.T) {
+	s := newMetrics(t).Server("default", "tls://192.0.2.1")
+	if n := testing.AllocsPerRun(1000, func() { s.Done(time.Millisecond, 0, "") }); n != 0 {
+		t.Errorf("Done: %v allocs, want 0", n)
+	}
+}
+
+func TestOutcomeString(t *testing.T) {
+	if got := Limited.String(); got != "limited" {
+		t.Errorf("got %q, want limited", got)
+	}
+	if got := numOutcomes.String(); got != "unknown" {
+		t.Errorf("got %q, want unknown", got)
+	}
+}
+
+func TestHandlerTellsErrors(t *testing.T) {
+	m := newMetrics(t)
+	bad := prometheus.NewDesc("dnsgateway_bad", "Cannot be gathered.", nil, nil)
+	m.registry.MustRegister(invalidCollector{bad})
+	var log bytes.Buffer
+	w := httptest.NewRecorder()
+	m.Handler(slog.New(slog.NewTextHandler(&log, nil))).ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+	if w.Code != 200 || !strings.Contains(w.Body.String(), "go_goroutines") {
+		t.Errorf("status %d, want 200 with the rest", w.Code)
+	}
+	if !strings.Contains(log.String(), "level=WARN") || !strings.Contains(log.String(), "no source") {
+		t.Errorf("log: %q, want a warning", log.String())
+	}
+}
+
+type invalidCollector struct{ d *prometheus.Desc }
+
+func (c invalidCollector) Describe(ch chan<- *prometheus.Desc) { ch <- c.d }
+func (c invalidCollector) Collect(ch chan<- prometheus.Metric) {
+	ch <- prometheus.NewInvalidMetric(c.d, fmt.Errorf("no source"))
+}
+
+func BenchmarkQuery(b *testing.B) {
+	udp := newMetrics(b).Transport("udp")
+	b.Run("one", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			udp.Query(Hit, 0, 30*time.Microsecond)
+		}
+	})
+	b.Run("parallel", func(b *testing.B) {
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				udp.Query(Hit, 0, 30*time.Microsecond)
+			}
+		})
+	})
+}
+
+func BenchmarkScrape(b *testing.B) {
+	m := newMetrics(b)
+	fill(m)
+	b.ReportAllocs()
+	for b.Loop() {
+		exposition(b, m)
+	}
+}
