@@ -1,0 +1,173 @@
+// Package config is the YAML file as plain data: its grammar, its defaults, its checks, and the places of its mistakes.
+//
+// It builds nothing and opens nothing but files that the configuration names (includes, secrets, lists). Only package
+// gateway and the check command import it; every other package takes its own Config, which gateway translates.
+//
+// What surprises a newcomer: Load never stops at the first mistake. It returns all of them, each with its place.
+package config
+
+import (
+	"net/netip"
+	"time"
+)
+
+// Place is where something stands: a file (as the user named it, "<stdin>" or "<default>"), a line and a column, both
+// counted from 1, the column in characters. The zero Place means "nowhere"; one without a line is the whole file.
+type Place struct {
+	File      string
+	Line, Col int
+	Path      string // what stands there, such as "upstreams.default.deadline" or "listen[2].url"; may be empty
+	Text      string // the whole source line, kept so that a mistake found later can still show it
+}
+
+// Config is one whole, checked configuration with every default filled in.
+type Config struct {
+	Source    string   // the file it came from, "<stdin>", or "<default>" for the embedded one
+	Files     []string // every file that was read: the main one first, then includes and secrets
+	Listen    []Listener
+	TLS       []KeyPair
+	Bootstrap []Server // empty if no upstream has a host name; see Load for what it is when the file names none
+	Upstreams []Group  // in the file's order; always one named "default"
+	Access    Access
+	Cache     Cache
+	Limits    Limits
+	Local     Local
+	Log       Log
+	Admin     Admin
+	Warnings  []*Error // what works but is probably not meant, sorted by place
+}
+
+// Scheme is the scheme of a listen or upstream URL.
+type Scheme string
+
+// The schemes. DNS (udp and tcp on one port) is for listeners only; H3 and SDNS are for upstreams only.
+const (
+	DNS   Scheme = "dns"
+	UDP   Scheme = "udp"
+	TCP   Scheme = "tcp"
+	TLS   Scheme = "tls"
+	HTTPS Scheme = "https"
+	H3    Scheme = "h3"
+	QUIC  Scheme = "quic"
+	SDNS  Scheme = "sdns"
+)
+
+// Listener is one entry of `listen`.
+type Listener struct {
+	Place  Place
+	Name   string // the entry's name, or its URL
+	URL    string // as written
+	Scheme Scheme
+	Addr   netip.AddrPort // an empty host or "*" is the unspecified IPv6 address: both families; port 0: any free one
+	Path   string         // HTTPS only; "/dns-query" by default
+	HTTP   []string       // HTTPS only: of "h1", "h2", "h3"; h1 and h2 by default
+}
+
+// KeyPair is one certificate chain with its key, in PEM.
+type KeyPair struct {
+	Place    Place
+	CertFile string // as the program opens it, or "env:NAME"
+	Cert     []byte
+	KeyFile  string // as the program opens it, or "env:NAME"
+	Key      []byte
+	Names    []string // lower-case SNI names and addresses that choose it besides those in the certificate
+}
+
+// Server is one upstream server or bootstrap server.
+type Server struct {
+	Place      Place
+	URL        string // as written
+	Scheme     Scheme
+	Host       string // a host name or an IP address without brackets; empty for SDNS
+	Port       uint16 // filled in from the scheme when the URL has none
+	Path       string // HTTPS and H3; "/dns-query" by default
+	VerifyName string // the name behind '#', else Host: what the certificate has to say
+	CA         []byte // PEM of the only trusted roots; nil means the system's
+	CAFile     string
+	Pins       [][32]byte // SHA-256 of SubjectPublicKeyInfo; any one has to match; nil means no pinning
+	ClientCert *KeyPair
+}
+
+// Pick is how a server is chosen inside a tier.
+type Pick string
+
+// The picks.
+const (
+	Fastest Pick = "fastest"
+	Random  Pick = "random"
+	InOrder Pick = "in-order"
+	Race    Pick = "race"
+	Sticky  Pick = "sticky"
+)
+
+// NextOn is the set of outcomes that move a query on to the next server.
+type NextOn struct{ Timeout, Connect, ServFail, Refused bool }
+
+// DefaultGroup is the name of the group that every question goes to.
+const DefaultGroup = "default"
+
+// Group is one upstream group.
+type Group struct {
+	Place    Place
+	Name     string
+	Tiers    [][]Server // top to bottom; none is empty
+	Pick     Pick
+	NextOn   NextOn
+	Deadline time.Duration
+}
+
+// Otherwise is what happens to clients that are not allowed.
+type Otherwise string
+
+// What may happen to a client that is not allowed.
+const (
+	Refuse Otherwise = "refuse"
+	Drop   Otherwise = "drop"
+)
+
+// Access says who may ask.
+type Access struct {
+	Set       bool           // the file has an `access` section: Allow then holds for every listener
+	Allow     []netip.Prefix // without a section: loopback and private networks, for plain listeners only
+	Otherwise Otherwise
+}
+
+// Cache sizes the cache and bounds lifetimes.
+type Cache struct {
+	Size        int64 // bytes; 0 turns the cache off
+	MinTTL      time.Duration
+	MaxTTL      time.Duration
+	NegativeMax time.Duration
+}
+
+// Limits bound what the network can make the gateway do.
+type Limits struct {
+	PerClient    float64 // queries per second for one client prefix; 0 means no limit
+	PrefixV4     int     // bits that make one IPv4 client
+	PrefixV6     int     // bits that make one IPv6 client
+	Inflight     int     // cache misses being resolved at once, over all listeners
+	TCPPerClient int     // stream connections of one client prefix
+	TCPPipeline  int     // unanswered queries on one stream connection
+	TCPIdle      time.Duration
+	UDPSize      int // largest UDP answer, octets
+}
+
+// Local holds answers that the gateway has itself.
+type Local struct {
+	// Chaos maps lower-case CH TXT names ("version.bind", "id.server", ...) to their text; names that are not there are
+	// refused.
+	Chaos map[string]string
+}
+
+// Log says what is logged and where.
+type Log struct {
+	Level  string // debug | info | warn | error
+	Format string // text | json | "" (text on a terminal, else json)
+	Output string // stdout | stderr | a file's path
+}
+
+// Admin is the operator's HTTP endpoint.
+type Admin struct {
+	Place  Place
+	Listen netip.AddrPort // the zero value turns it off
+}
