@@ -1,0 +1,398 @@
+package listen
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
+	"golang.org/x/sync/errgroup"
+)
+
+// HTTPSConfig configures a DoH listener.
+type HTTPSConfig struct {
+	Common
+	Limits
+	// TLS needs a certificate or GetCertificate; versions and ALPN protocols are set here.
+	TLS *tls.Config
+	// Path is the path of the DoH resource, "/dns-query" by default.
+	Path string
+	// HTTP names the HTTP versions: of "h1", "h2" and "h3"; h1 and h2 by default. With h3 the UDP port of the same
+	// number is bound too, and the TCP side says so in Alt-Svc; h3 alone binds no TCP port.
+	HTTP []string
+}
+
+const (
+	defaultPath = "/dns-query"
+	// maxHeader bounds a request's header. A GET carries the query there: 16 KiB hold one of 12 KB, far more than any
+	// question with its options; more is answered with 431.
+	maxHeader = 16 << 10
+	// headerTimeout bounds the TLS handshake and the header, bodyTimeout the header and the body.
+	headerTimeout = 10 * time.Second
+	bodyTimeout   = 15 * time.Second
+	// maxStreams is how many requests one HTTP/2 or HTTP/3 connection may have open, RFC 9113, section 6.5.2 asks for
+	// at least 100.
+	maxStreams = 100
+	// streamWindow bounds what one request may send ahead of its being read; a query is far smaller.
+	streamWindow = 64 << 10
+	connWindow   = 1 << 20
+	// maxUniStreams is room for HTTP/3's control and QPACK streams (RFC 9114, section 6.2) and some that mean nothing.
+	maxUniStreams = 8
+	// h3Silence is how long an HTTP/3 connection may be silent; it is never less than the idle time.
+	h3Silence = 30 * time.Second
+	// maxUnverified is the number of HTTP/3 connections from which on new ones have to prove their address.
+	maxUnverified = 500
+	// altSvcAge is how long in seconds a client may remember that there is HTTP/3 here; a day, as RFC 7838, section
+	// 3.1 has for its default.
+	altSvcAge = 86400
+)
+
+// HTTPS is a DoH listener (RFC 8484). What it answers to which request is said at [doh].
+type HTTPS struct {
+	cfg   HTTPSConfig
+	doh   *doh
+	addr  net.Addr
+	limit *connLimit // of both sides together
+	// The TCP side, nil with h3 alone.
+	ln  *acceptor
+	srv *http.Server
+	// The HTTP/3 side, nil without h3.
+	udp    *net.UDPConn
+	tr     *quic.Transport
+	quicLn *h3Listener
+	h3     *http3.Server
+	life
+}
+
+// ListenHTTPS binds a TCP socket, and with h3 a UDP socket on the same port.
+func ListenHTTPS(ctx context.Context, cfg HTTPSConfig) (*HTTPS, error) {
+	versions, err := cfg.complete()
+	if err != nil {
+		return nil, err
+	}
+	s := &HTTPS{cfg: cfg, limit: newConnLimit(cfg.Limits)}
+	ln, err := s.bind(ctx, versions["h1"] || versions["h2"], versions["h3"])
+	if err != nil {
+		return nil, err
+	}
+	s.init()
+	s.doh = newDoH(s.ctx, cfg.Common, cfg.Path)
+	if s.udp != nil {
+		s.addr = s.udp.LocalAddr()
+		s.newHTTP3()
+	}
+	if ln != nil {
+		s.addr = ln.Addr()
+		s.ln = newAcceptor(ln, s.limit, cfg.Logger)
+		s.srv = s.newServer(versions)
+		if s.udp != nil {
+			s.doh.altSvc = fmt.Sprintf(`h3=":%d"; ma=%d`, addrPort(s.addr).Port(), altSvcAge)
+		}
+	}
+	return s, nil
+}
+
+// bindTries is how often a port is looked for that is free for TCP and UDP alike, when the system may choose it.
+const bindTries = 20
+
+// bind binds the sockets that are asked for, to the same port; the UDP socket is kept in s.
+func (s *HTTPS) bind(ctx context.Context, tcp, udp bool) (ln net.Listener, err error) {
+	for try := 1; ; try++ {
+		addr := s.cfg.Addr
+		if tcp {
+			if ln, err = bindTCP(ctx, addr); err != nil {
+				return nil, err
+			}
+			addr = netip.AddrPortFrom(addr.Addr(), addrPort(ln.Addr()).Port())
+		}
+		if !udp {
+			return ln, nil
+		}
+		if s.udp, err = bindUDP(ctx, addr); err == nil {
+			return ln, nil
+		}
+		if ln != nil {
+			_ = ln.Close()
+		}
+		if s.cfg.Addr.Port() != 0 || try == bindTries {
+			return nil, err
+		}
+	}
+}
+
+// complete checks cfg, fills in its defaults and returns the set of HTTP versions.
+func (cfg *HTTPSConfig) complete() (map[string]bool, error) {
+	if err := cfg.Common.check(); err != nil {
+		return nil, err
+	}
+	if err := cfg.Limits.check(); err != nil {
+		return nil, err
+	}
+	cfg.Limits = cfg.Limits.withDefaults()
+	if cfg.TLS == nil {
+		return nil, errors.New("HTTPS listener without TLS")
+	}
+	if cfg.Path == "" {
+		cfg.Path = defaultPath
+	}
+	if !strings.HasPrefix(cfg.Path, "/") {
+		return nil, fmt.Errorf("path %q does not begin with a slash", cfg.Path)
+	}
+	if len(cfg.HTTP) == 0 {
+		cfg.HTTP = []string{"h1", "h2"}
+	}
+	versions := make(map[string]bool)
+	for _, v := range cfg.HTTP {
+		switch v {
+		case "h1", "h2", "h3":
+			versions[v] = true
+		default:
+			return nil, fmt.Errorf("unknown HTTP version %q", v)
+		}
+	}
+	return versions, nil
+}
+
+// newServer returns the HTTP/1.1 and HTTP/2 server. Whatever it has to say about clients is for debugging.
+func (s *HTTPS) newServer(versions map[string]bool) *http.Server {
+	var protocols http.Protocols
+	var alpn []string
+	if versions["h2"] {
+		protocols.SetHTTP2(true)
+		alpn = append(alpn, "h2")
+	}
+	if versions["h1"] {
+		protocols.SetHTTP1(true)
+		alpn = append(alpn, "http/1.1")
+	}
+	return &http.Server{
+		Handler:           s.doh,
+		TLSConfig:         serverTLS(s.cfg.TLS, alpn...),
+		Protocols:         &protocols,
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       bodyTimeout,
+		IdleTimeout:       s.cfg.Idle,
+		MaxHeaderBytes:    maxHeader,
+		// There is no WriteTimeout, which would count the time of the upstreams too: the handler sets a deadline when it
+		// has something to write.
+		HTTP2: &http.HTTP2Config{
+			MaxConcurrentStreams:          maxStreams,
+			MaxReceiveBufferPerStream:     streamWindow,
+			MaxReceiveBufferPerConnection: connWindow,
+			WriteByteTimeout:              writeTimeout,
+		},
+		ErrorLog: slog.NewLogLogger(s.cfg.Logger.Handler(), slog.LevelDebug),
+	}
+}
+
+// newHTTP3 sets up the HTTP/3 server on s.udp.
+func (s *HTTPS) newHTTP3() {
+	s.quicLn = &h3Listener{limit: s.limit, log: s.cfg.Logger, addr: s.udp.LocalAddr(), stop: s.stop}
+	s.h3 = &http3.Server{
+		Handler:        s.doh,
+		MaxHeaderBytes: maxHeader,
+		IdleTimeout:    s.cfg.Idle,
+		Logger:         quietLogger(s.cfg.Logger),
+	}
+	s.tr = &quic.Transport{
+		Conn:                s.udp,
+		VerifySourceAddress: s.quicLn.verify,
+		ConnContext:         s.quicLn.admit,
+	}
+}
+
+// Addr implements Server.
+func (s *HTTPS) Addr() net.Addr { return s.addr }
+
+// Name implements Server.
+func (s *HTTPS) Name() string { return s.cfg.Name }
+
+// Serve implements Server. The goroutines of idle connections, which belong to the HTTP libraries, end a moment later.
+func (s *HTTPS) Serve() error {
+	if !s.begin() {
+		return nil
+	}
+	defer s.end()
+	var sides errgroup.Group
+	if s.srv != nil {
+		sides.Go(func() error { return s.side(s.serveTCP) })
+	}
+	if s.h3 != nil {
+		sides.Go(func() error { return s.side(s.serveHTTP3) })
+	}
+	return sides.Wait()
+}
+
+// side runs one of the two servers. One that ends by itself takes the other along.
+func (s *HTTPS) side(serve func() error) error {
+	err := serve()
+	if err == nil {
+		return nil
+	}
+	s.halt()
+	s.cancel()
+	s.closeTCP()
+	return err
+}
+
+// serveTCP serves HTTP/1.1 and HTTP/2 until Shutdown, and then drains.
+func (s *HTTPS) serveTCP() error {
+	err := s.srv.ServeTLS(s.ln, "", "")
+	if !s.halted() {
+		return err
+	}
+	ctx, cancel := s.patience()
+	defer cancel()
+	_ = s.srv.Shutdown(ctx) // GOAWAY, then the end of what is idle
+	_ = s.srv.Close()
+	return nil
+}
+
+// serveHTTP3 does the same for HTTP/3. Shutdown of the library is called when nothing accepts connections any more: a
+// connection that came in between would let it close a channel twice (quic-go v0.60).
+func (s *HTTPS) serveHTTP3() error {
+	defer s.udp.Close()
+	defer s.tr.Close()
+	ln, err := s.tr.Listen(http3.ConfigureTLSConfig(serverTLS(s.cfg.TLS)), &quic.Config{
+		MaxIdleTimeout:             max(s.cfg.Idle, h3Silence),
+		MaxIncomingStreams:         maxStreams,
+		MaxIncomingUniStreams:      maxUniStreams,
+		InitialStreamReceiveWindow: streamWindow,
+		MaxStreamReceiveWindow:     streamWindow,
+		MaxConnectionReceiveWindow: connWindow,
+	})
+	if err != nil {
+		return fmt.Errorf("starting HTTP/3: %w", err)
+	}
+	s.quicLn.ln = ln
+	err = s.h3.ServeListener(s.quicLn)
+	_ = ln.Close()
+	if !s.halted() {
+		_ = s.h3.Close()
+		return err
+	}
+	ctx, cancel := s.patience()
+	defer cancel()
+	_ = s.h3.Shutdown(ctx)
+	return nil
+}
+
+// patience returns a context that ends when nothing has been in flight and what was written had time to leave, or when
+// Shutdown's own context has ended.
+func (s *HTTPS) patience() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(s.ctx)
+	go func() {
+		defer cancel()
+		select {
+		case <-s.doh.flight.wait():
+		case <-ctx.Done():
+			return
+		}
+		t := time.NewTimer(linger)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, cancel
+}
+
+// Connections returns how many connections are open, over all HTTP versions.
+func (s *HTTPS) Connections() int { return s.limit.open() }
+
+// Shutdown implements Server.
+func (s *HTTPS) Shutdown(ctx context.Context) error {
+	_, serving := s.halt()
+	if s.ln != nil {
+		_ = s.ln.Close()
+	}
+	if !serving {
+		if s.udp != nil {
+			_ = s.udp.Close()
+		}
+		return nil
+	}
+	return s.wait(ctx, s.closeTCP)
+}
+
+func (s *HTTPS) closeTCP() {
+	if s.srv != nil {
+		_ = s.srv.Close()
+	}
+}
+
+// h3Listener hands connections to the HTTP/3 server: those within the limits.
+//
+// It takes no 0-RTT, and Accept returns a connection when its handshake is complete and its address therefore proven,
+// so that nobody can use up another's connections.
+type h3Listener struct {
+	limit *connLimit
+	log   *slog.Logger
+	addr  net.Addr
+	ln    *quic.Listener
+	stop  <-chan struct{} // closed by Shutdown
+	open  atomic.Int64    // connections, those in their handshake too
+}
+
+// verify says whether a client has to show that it has its address before anything is kept for it (RFC 9000, section
+// 8.1.2). That costs a round trip, so it is asked for only when there are many connections.
+func (l *h3Listener) verify(net.Addr) bool {
+	return l.open.Load() >= int64(min(l.limit.limits.Total/4, maxUnverified))
+}
+
+// admit counts connections from their first packet on.
+func (l *h3Listener) admit(ctx context.Context, _ *quic.ClientInfo) (context.Context, error) {
+	if l.open.Add(1) > int64(l.limit.limits.Total) {
+		l.open.Add(-1)
+		return nil, errors.New("too many connections")
+	}
+	context.AfterFunc(ctx, func() { l.open.Add(-1) })
+	return ctx, nil
+}
+
+// Accept implements http3.QUICListener.
+func (l *h3Listener) Accept(ctx context.Context) (*quic.Conn, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-l.stop:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	for {
+		conn, err := l.ln.Accept(ctx)
+		if err != nil {
+			select {
+			case <-l.stop:
+				return nil, quic.ErrServerClosed
+			default:
+				return nil, err
+			}
+		}
+		client := addrPort(conn.RemoteAddr()).Addr()
+		if l.limit.acquire(client) {
+			context.AfterFunc(conn.Context(), func() { l.limit.release(client) })
+			return conn, nil
+		}
+		l.log.Debug("connection over the limit", "client", client)
+		_ = conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeExcessiveLoad), "")
+	}
+}
+
+// Addr implements http3.QUICListener.
+func (l *h3Listener) Addr() net.Addr { return l.addr }
+
+// Close implements http3.QUICListener.
+func (l *h3Listener) Close() error { return l.ln.Close() }

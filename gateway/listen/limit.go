@@ -1,0 +1,137 @@
+package listen
+
+import (
+	"errors"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+// connLimit counts connections, all and by client prefix. Its memory is bounded by the number of connections.
+type connLimit struct {
+	limits Limits
+
+	mu       sync.Mutex
+	total    int
+	byClient map[netip.Prefix]int
+}
+
+func newConnLimit(l Limits) *connLimit {
+	return &connLimit{limits: l, byClient: make(map[netip.Prefix]int)}
+}
+
+// prefix returns what counts as one client.
+func (l *connLimit) prefix(client netip.Addr) netip.Prefix {
+	client = client.Unmap().WithZone("")
+	bits := l.limits.PrefixV6
+	if client.Is4() {
+		bits = l.limits.PrefixV4
+	}
+	p, _ := client.Prefix(bits) // the bits were checked; an invalid address is one client, too
+	return p
+}
+
+// acquire reports whether client may have one more connection; if so, release has to be called once.
+func (l *connLimit) acquire(client netip.Addr) bool {
+	p := l.prefix(client)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.total >= l.limits.Total || l.limits.PerClient > 0 && l.byClient[p] >= l.limits.PerClient {
+		return false
+	}
+	l.total++
+	l.byClient[p]++
+	return true
+}
+
+func (l *connLimit) release(client netip.Addr) {
+	p := l.prefix(client)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.total--
+	if l.byClient[p]--; l.byClient[p] <= 0 {
+		delete(l.byClient, p)
+	}
+}
+
+// open returns how many connections there are.
+func (l *connLimit) open() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.total
+}
+
+// acceptor is a net.Listener that survives what passes (EMFILE, ECONNABORTED, ENOBUFS, ...) and closes connections over
+// the limit as soon as they are accepted.
+type acceptor struct {
+	net.Listener
+	limit *connLimit
+	log   *slog.Logger
+
+	once sync.Once
+	stop chan struct{} // closed by Close
+}
+
+func newAcceptor(ln net.Listener, limit *connLimit, log *slog.Logger) *acceptor {
+	return &acceptor{Listener: ln, limit: limit, log: log, stop: make(chan struct{})}
+}
+
+// Accept returns an error only after Close.
+func (a *acceptor) Accept() (net.Conn, error) {
+	b := backoff{longest: time.Second}
+	for {
+		nc, err := a.Listener.Accept()
+		if err != nil {
+			// Only Close ends the loop: whatever else accept(2) reports is about one connection, or about resources
+			// that come back.
+			if errors.Is(err, net.ErrClosed) {
+				return nil, net.ErrClosed
+			}
+			b.pause(a.stop, a.log, "cannot accept connections", err)
+			select {
+			case <-a.stop:
+				return nil, net.ErrClosed
+			default:
+				continue
+			}
+		}
+		b.reset()
+		client := addrPort(nc.RemoteAddr()).Addr()
+		if !a.limit.acquire(client) {
+			a.log.Debug("connection over the limit", "client", client)
+			_ = nc.Close()
+			continue
+		}
+		return &limitedConn{Conn: nc, release: func() { a.limit.release(client) }}, nil
+	}
+}
+
+// Close implements net.Listener. It may be called more than once.
+func (a *acceptor) Close() error {
+	a.once.Do(func() { close(a.stop) })
+	return a.Listener.Close()
+}
+
+// limitedConn gives its place back when it is closed.
+type limitedConn struct {
+	net.Conn
+	once    sync.Once
+	release func()
+}
+
+// Close implements net.Conn.
+func (c *limitedConn) Close() error {
+	err := c.Conn.Close()
+	c.once.Do(c.release)
+	return err
+}
+
+// CloseWrite sends FIN where the connection has that.
+func (c *limitedConn) CloseWrite() error {
+	if h, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return h.CloseWrite()
+	}
+	return nil
+}
