@@ -3,6 +3,7 @@ module dnsgateway
 go 1.26.6
 
 require (
+	github.com/AdguardTeam/dnscrypt v0.0.2
 	github.com/AdguardTeam/dnsproxy v0.84.1
 	github.com/ameshkov/dnsstamps v1.0.3
 	github.com/gaissmai/bart v0.30.0
@@ -20,7 +21,6 @@ require (
 )
 
 require (
-	github.com/AdguardTeam/dnscrypt v0.0.2 // indirect
 	github.com/AdguardTeam/golibs v0.35.13 // indirect
 	github.com/BurntSushi/toml v1.6.0 // indirect
 	github.com/beorn7/perks v1.0.1 // indirect
