@@ -159,7 +159,8 @@ func TestLoadCA(t *testing.T) {
 		want      string
 	}{
 		{"a leaf", leaf.CertPEM, leaf.KeyPEM, clock, "CA certificate: CN=a.test is not a CA"},
-		{"key of another", ca.CertPEM(), leaf.KeyPEM, clock, "CA key: the key does not belong to the certificate in CA certificate"},
+		{"key of another", ca.CertPEM(), leaf.KeyPEM, clock,
+			"CA key: the key does not belong to the certificate in CA certificate"},
 		{"empty", nil, nil, clock, "CA certificate: it is empty"},
 		{"expired", ca.CertPEM(), key, late, "CA certificate: CN=dnsgateway development CA expired on 2036-02-27"},
 	} {

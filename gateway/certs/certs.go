@@ -321,7 +321,8 @@ func ParseKey(data []byte) (crypto.Signer, error) {
 	return nil, errors.New("it holds no private key in PEM form")
 }
 
-var errEncrypted = errors.New("the private key is encrypted; decrypt it with openssl pkey, the gateway cannot ask for a password")
+var errEncrypted = errors.New(
+	"the private key is encrypted; decrypt it with openssl pkey, the gateway cannot ask for a password")
 
 func parseKeyBlock(block *pem.Block) (crypto.Signer, error) {
 	var key any

@@ -238,9 +238,10 @@ func TestStoreTakesKeysOfEveryForm(t *testing.T) {
 	}
 	parameters := "-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n"
 	for name, form := range map[string][]byte{
-		"SEC 1":                             pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: sec1}),
-		"SEC 1 behind openssl's parameters": append([]byte(parameters), pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: sec1})...),
-		"PKCS 8":                            pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}),
+		"SEC 1": pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: sec1}),
+		"SEC 1 behind openssl's parameters": append([]byte(parameters),
+			pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: sec1})...),
+		"PKCS 8": pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}),
 	} {
 		if _, err := NewStore([]Pair{{CertPEM: encodeCert(der), KeyPEM: form}}); err != nil {
 			t.Errorf("%s: %v", name, err)
