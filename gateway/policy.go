@@ -135,4 +135,3 @@ func buildServers(in []config.Server) ([]forward.Server, error) {
 	}
 	return out, nil
 }
-

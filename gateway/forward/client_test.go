@@ -10,6 +10,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/AdguardTeam/dnsproxy/upstream"
@@ -433,6 +434,30 @@ func TestIdle(t *testing.T) {
 			if !eventually(func() bool { return f.open.Load() == 0 }) {
 				t.Error("the connection stays open, though the server wants it closed")
 			}
+		}
+	})
+}
+
+// TestHangingDial holds that a dial that hangs does not keep out a later one, and that there are never many.
+func TestHangingDial(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var dials atomic.Int32
+		p := newPool(10*time.Second, func(ctx context.Context, _ func(func())) (link, error) {
+			dials.Add(1)
+			<-ctx.Done()
+			return nil, classify(KindConnect, "dialling", ctx.Err())
+		})
+		defer p.close()
+		for range 9 {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			if _, err := p.ask(ctx, rootQuery); kindOf(err) != KindTimeout {
+				t.Errorf("got %v, want a timeout", err)
+			}
+			cancel()
+			time.Sleep(time.Millisecond)
+		}
+		if n := dials.Load(); n != 2 {
+			t.Errorf("got %d dials in 9s, want 2", n)
 		}
 	})
 }

@@ -160,7 +160,7 @@ func (p *pulse) broken(err error) error {
 	return &brokenError{err: err, again: p.served}
 }
 
-// pool keeps a server's connections: it dials, one at a time, spreads the queries over what is open, and replaces what
+// pool keeps a server's connections: it dials, one at a time (a second time beside a dial that hangs), spreads the queries over what is open, and replaces what
 // broke or went silent.
 type pool struct {
 	dial  func(ctx context.Context, spawn func(func())) (link, error)
@@ -174,7 +174,8 @@ type pool struct {
 	mu       sync.Mutex
 	links    []link
 	draining []link
-	dialing  *dialing
+	dialing  *dialing // the newest dial under way, for which queries wait
+	dials    int      // how many are under way
 	failures int // in a row
 	retry    time.Time
 	lastErr  error
@@ -183,8 +184,9 @@ type pool struct {
 
 // dialing is a dial under way. err is set before done is closed.
 type dialing struct {
-	done chan struct{}
-	err  error
+	start time.Time
+	done  chan struct{}
+	err   error
 }
 
 func newPool(limit time.Duration, dial func(context.Context, func(func())) (link, error)) *pool {
@@ -243,11 +245,13 @@ func (p *pool) pick(now time.Time) (link, *dialing, error) {
 	}
 	best, load, doomed := p.sweep(now)
 	var err error
-	if p.dialing == nil && (best == nil || load >= best.vitals().spread && len(p.links) < maxLinks) {
+	// A dial that hangs shall not keep out one that might succeed now.
+	free := p.dialing == nil || p.dials < maxLinks && now.Sub(p.dialing.start) > stallAfter
+	if free && (best == nil || load >= best.vitals().spread && len(p.links) < maxLinks) {
 		switch {
 		case !now.Before(p.retry):
-			p.startDial()
-		case best == nil:
+			p.startDial(now)
+		case best == nil && p.dialing == nil:
 			err = p.lastErr
 		}
 	}
@@ -316,15 +320,19 @@ func (p *pool) failed(now time.Time, err error) {
 }
 
 // startDial opens a connection in the background; p.mu is held.
-func (p *pool) startDial() {
-	d := &dialing{done: make(chan struct{})}
+func (p *pool) startDial(now time.Time) {
+	d := &dialing{start: now, done: make(chan struct{})}
 	p.dialing = d
+	p.dials++
 	p.wg.Go(func() {
 		ctx, cancel := context.WithTimeout(p.life, p.limit)
 		l, err := p.dial(ctx, p.wg.Go)
 		cancel()
 		p.mu.Lock()
-		p.dialing = nil
+		p.dials--
+		if p.dialing == d {
+			p.dialing = nil
+		}
 		closed := p.closed
 		switch {
 		case err != nil:

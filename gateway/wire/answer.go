@@ -77,7 +77,14 @@ func NewAnswer(msg []byte) (*Answer, error) {
 	if l.optEnd > 0 {
 		a.EDE = readEDE(msg[l.optData:l.optEnd])
 	}
-	a.Msg = l.strip(msg)
+	var whole bool
+	if a.Msg, whole = l.strip(msg); !whole {
+		// What is gone says nothing about the lifetime of what is left.
+		if l, err = survey(a.Msg); err != nil {
+			return nil, err
+		}
+		a.facts = l.lifetime
+	}
 	a.index()
 	return a, nil
 }

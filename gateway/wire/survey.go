@@ -174,8 +174,8 @@ func soaMinimum(msg []byte, data, end int) (uint32, bool) {
 //
 // Records that follow the OPT record move up, and with them what compression pointers mean. Only for a few types is it
 // certain that their RDATA has none, so a record of another type, and all behind it, go too: additional records are a
-// courtesy, and most servers send the OPT record last.
-func (l *layout) strip(msg []byte) []byte {
+// courtesy, and most servers send the OPT record last. whole reports whether all records are still there.
+func (l *layout) strip(msg []byte) (stripped []byte, whole bool) {
 	kept := l.records
 	if l.tsig > 0 {
 		msg = msg[:l.tsig]
@@ -186,7 +186,7 @@ func (l *layout) strip(msg []byte) []byte {
 		msg = append(msg[:l.optStart], msg[l.optEnd:end]...)
 	}
 	binary.BigEndian.PutUint16(msg[10:], uint16(kept-l.answers-l.auths))
-	return msg
+	return msg, kept == l.records
 }
 
 // moveUp makes the records behind the OPT record msg[start:end] ready to be moved to start. It returns how many of them
