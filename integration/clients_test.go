@@ -207,6 +207,16 @@ func TestTransports(t *testing.T) {
 			t.Errorf("/metrics knows nothing of transport %s", tr)
 		}
 	}
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range regexp.MustCompile("`(dnsgateway_[a-z_]+)`").FindAllStringSubmatch(string(readme), -1) {
+		// No upstream has failed here, so there is no error to count yet.
+		if name[1] != "dnsgateway_upstream_errors_total" && !strings.Contains(metrics, "# TYPE "+name[1]+" ") {
+			t.Errorf("README.md has %s, /metrics has not", name[1])
+		}
+	}
 	for _, secret := range []string{"lab.test.", "127.0.0.1\""} {
 		if strings.Contains(metrics, secret) {
 			t.Errorf("/metrics has %q in it: a client or a name", secret)

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"syscall"
@@ -97,7 +98,7 @@ func newVersionCommand() *cobra.Command {
 		Short: "Print the version",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintln(cmd.OutOrStdout(), "dnsgateway", version())
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), "dnsgateway", version(), runtime.Version())
 			return err
 		},
 	}
@@ -106,20 +107,20 @@ func newVersionCommand() *cobra.Command {
 // buildVersion is set by the release and Docker builds: -ldflags "-X main.buildVersion=1.2.3".
 var buildVersion string
 
-// version returns the version with the Go version that built it.
+// version returns the program's version. Without one from the build it is that of the module, with the commit.
 func version() string {
-	v := buildVersion
+	if buildVersion != "" {
+		return buildVersion
+	}
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
-		return v
+		return "unknown"
 	}
-	if v == "" {
-		v = info.Main.Version
-	}
+	v := info.Main.Version
 	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" && buildVersion == "" && len(s.Value) >= 12 && !strings.Contains(v, s.Value[:12]) {
+		if s.Key == "vcs.revision" && len(s.Value) >= 12 && !strings.Contains(v, s.Value[:12]) {
 			v += " " + s.Value[:12]
 		}
 	}
-	return v + " " + info.GoVersion
+	return v
 }

@@ -49,7 +49,7 @@ func runGateway(cmd *cobra.Command, file string) error {
 	if err != nil {
 		return err
 	}
-	people := cfg.Log.Format == "text" || cfg.Log.Format == "" && term.IsTerminal(int(os.Stdout.Fd()))
+	people := cfg.Log.Format != "json" && term.IsTerminal(int(os.Stdout.Fd()))
 	logger, logOutput, err := observe.NewLogger(observe.LogConfig{
 		Level: cfg.Log.Level, Format: cfg.Log.Format, Output: cfg.Log.Output,
 	})

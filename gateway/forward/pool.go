@@ -160,8 +160,8 @@ func (p *pulse) broken(err error) error {
 	return &brokenError{err: err, again: p.served}
 }
 
-// pool keeps a server's connections: it dials, one at a time (a second time beside a dial that hangs), spreads the queries over what is open, and replaces what
-// broke or went silent.
+// pool keeps a server's connections: it dials, one at a time (a second time beside a dial that hangs), spreads the
+// queries over what is open, and replaces what broke or went silent.
 type pool struct {
 	dial  func(ctx context.Context, spawn func(func())) (link, error)
 	limit time.Duration // of a dial
@@ -176,7 +176,7 @@ type pool struct {
 	draining []link
 	dialing  *dialing // the newest dial under way, for which queries wait
 	dials    int      // how many are under way
-	failures int // in a row
+	failures int      // in a row
 	retry    time.Time
 	lastErr  error
 	closed   bool
