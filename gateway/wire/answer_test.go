@@ -840,8 +840,8 @@ func checkPacked(t *testing.T, q *Query, original *dns.Msg, age uint32) {
 	t.Helper()
 	original.Compress = true
 	msg, err := original.Pack()
-	if err != nil {
-		return
+	if err != nil || new(dns.Msg).Unpack(msg) != nil {
+		return // miekg/dns reads RDATA that is too short, an SOA record's for one, and then packs what it cannot read
 	}
 	a, err := NewAnswer(msg)
 	if err != nil {
