@@ -45,6 +45,8 @@ func exit(code int, err error) error {
 var errSilent = errors.New("")
 
 func main() {
+	// quic-go would write to the log package, past our logger, that the kernel gives smaller buffers than it wants.
+	_ = os.Setenv("QUIC_GO_DISABLE_RECEIVE_BUFFER_WARNING", "true")
 	// SIGHUP never ends the program, whatever stage it is in; what it does besides is the run command's matter.
 	signal.Ignore(syscall.SIGHUP)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)

@@ -175,6 +175,9 @@ func (f *fake) tlsConfig(alpn ...string) *tls.Config {
 
 // reply returns the bytes of the answer to msg, with the fault of the moment, or nil.
 func (f *fake) reply(msg []byte) []byte {
+	if len(msg) < headerLen {
+		return nil // a stray packet
+	}
 	f.asked.Add(1)
 	kept := append([]byte(nil), msg...)
 	f.last.Store(&kept)
@@ -529,9 +532,15 @@ func census() (goroutines, descriptors int) {
 func noLeak(t *testing.T, work func()) {
 	t.Helper()
 	goroutines, descriptors := census()
+	for calm := 0; calm < 5; calm++ { // the fakes' own goroutines may still be on their way
+		time.Sleep(10 * time.Millisecond)
+		if g, d := census(); g != goroutines || d != descriptors {
+			goroutines, descriptors, calm = g, d, 0
+		}
+	}
 	work()
 	var g, d int
-	for range 100 {
+	for range 200 {
 		if g, d = census(); g <= goroutines && d <= descriptors {
 			return
 		}

@@ -2,6 +2,7 @@ package forward
 
 import (
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -35,60 +36,104 @@ func TestFaultTable(t *testing.T) {
 			if scheme == "udp" || scheme == "h3" || scheme == "quic" {
 				network = "udp"
 			}
-			s := newFake(t, scheme, "gone").server
-			s.Port = deadPort(network)
+			s := Server{URL: scheme + "://gone", Scheme: scheme, Host: "127.0.0.1", Port: deadPort(network)}
 			faultRun(t, s, 1000, false)
 		})
 	}
 }
 
-// faultRun asks n questions, 50 at a time, of a group with first as its first tier and a well server behind it.
+// faultRun asks n questions, 50 at a time, of a group with first as its first tier and a well server behind it. A run in
+// which the machine itself stood still counts only if it went well.
 func faultRun(t *testing.T, first Server, n int, mayAnswer bool) {
 	second := newFake(t, "tls", "second")
 	if _, err := newTestClient(t, second.server).Exchange(question("warm.test.")); err != nil {
 		t.Fatal(err)
 	}
 	noLeak(t, func() {
-		g, err := NewGroup(Config{Name: "default", Tiers: [][]Server{{first}, {second.server}}})
-		if err != nil {
-			t.Fatal(err)
+		for try := 1; ; try++ {
+			lag := newLagMeter()
+			r := faultOnce(t, first, second.server, n)
+			delay := lag.stop()
+			bad := r.counts["second"]+r.counts["first"] != n || r.counts["first"] > 0 && !mayAnswer ||
+				r.worst > DefaultDeadline
+			t.Logf("slowest %v, %v, machine late by %v", r.worst.Round(time.Millisecond), r.counts, delay)
+			if bad && delay > 200*time.Millisecond && try < 5 {
+				continue
+			}
+			if bad {
+				t.Errorf("got %v, the slowest after %v, want %d answers of the second tier within %v; errors: %v",
+					r.counts, r.worst, n, DefaultDeadline, r.errs)
+			}
+			return
 		}
-		defer g.Close()
-		var (
-			wg     sync.WaitGroup
-			mu     sync.Mutex
-			worst  time.Duration
-			counts = map[string]int{}
-			names  = make(chan struct{}, n)
-		)
-		for range n {
-			names <- struct{}{}
-		}
-		close(names)
-		for range 50 {
-			wg.Go(func() {
-				for range names {
-					start := time.Now()
-					resp, err := g.Exchange(t.Context(), question("name.test."))
-					d := time.Since(start)
-					mu.Lock()
-					worst = max(worst, d)
-					if err != nil {
-						t.Error(err)
-					} else {
-						counts[text(resp)]++
-					}
-					mu.Unlock()
-				}
-			})
-		}
-		wg.Wait()
-		if counts["second"]+counts["first"] != n || counts["first"] > 0 && !mayAnswer {
-			t.Errorf("got %v, want %d answers of the second tier", counts, n)
-		}
-		if worst > DefaultDeadline {
-			t.Errorf("the slowest answer took %v, want at most %v", worst, DefaultDeadline)
-		}
-		t.Logf("slowest %v, %v", worst.Round(time.Millisecond), counts)
 	})
+}
+
+type faultResult struct {
+	counts map[string]int // answers by server, or RCODE
+	worst  time.Duration
+	errs   []error
+}
+
+func faultOnce(t *testing.T, first, second Server, n int) faultResult {
+	g, err := NewGroup(Config{Name: "default", Tiers: [][]Server{{first}, {second}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	var (
+		wg   sync.WaitGroup
+		mu   sync.Mutex
+		r    = faultResult{counts: map[string]int{}}
+		left atomic.Int32
+	)
+	left.Store(int32(n))
+	for range 50 {
+		wg.Go(func() {
+			for left.Add(-1) >= 0 {
+				start := time.Now()
+				resp, err := g.Exchange(t.Context(), question("name.test."))
+				d := time.Since(start)
+				mu.Lock()
+				r.worst = max(r.worst, d)
+				if err != nil {
+					r.errs = append(r.errs, err)
+				} else {
+					r.counts[text(resp)]++
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	return r
+}
+
+// lagMeter measures how late the machine lets a goroutine run that only sleeps.
+type lagMeter struct {
+	done  chan struct{}
+	worst chan time.Duration
+}
+
+func newLagMeter() *lagMeter {
+	m := &lagMeter{make(chan struct{}), make(chan time.Duration)}
+	go func() {
+		var worst time.Duration
+		for {
+			start := time.Now()
+			select {
+			case <-m.done:
+				m.worst <- worst
+				return
+			case <-time.After(10 * time.Millisecond):
+				worst = max(worst, time.Since(start)-10*time.Millisecond)
+			}
+		}
+	}()
+	return m
+}
+
+func (m *lagMeter) stop() time.Duration {
+	close(m.done)
+	return <-m.worst
 }

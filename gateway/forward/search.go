@@ -85,11 +85,9 @@ func (s *search) run(ctx context.Context) (*dns.Msg, error) {
 			for i := range s.attempts {
 				s.attempts[i].overdue = true
 			}
-			switch more := len(s.attempts) < len(s.plan); {
-			case more && s.g.nextOn.Timeout:
+			// Who is still silent may yet have the answer: a SERVFAIL at hand does not end the search before its time.
+			if len(s.attempts) < len(s.plan) && s.g.nextOn.Timeout {
 				timer.Reset(s.next(ctx))
-			case !more && s.best != nil:
-				return s.finish(ctx, nil)
 			}
 		case <-ctx.Done():
 			return s.finish(ctx, nil)
