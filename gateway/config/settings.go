@@ -15,7 +15,6 @@ type draft struct {
 	l         *loader
 	cfg       *Config
 	has       map[string]bool // top-level keys that the file has, sound or not
-	at        map[string]value
 	listen    []Listener
 	groups    []groupItem
 	fallback  value // zero if the key is not there

@@ -18,7 +18,6 @@ import (
 type pairItem struct {
 	KeyPair
 	cert, key value // zero if the key is not there
-	ok        bool  // both could be read
 }
 
 var pairEntries = []entry[pairItem]{
