@@ -23,6 +23,10 @@ type socket struct {
 	servers []listen.Server
 }
 
+// backstop bounds the goroutines of a listener's misses. The pipeline's bound on all of them comes first, and answers; this
+// one, which does not, is for what is on its way there.
+func backstop(inflight int) int { return 2*inflight + 1000 }
+
 // bind opens the admin endpoint and every listener. What was opened before an error stays in g, for Close.
 func (g *Gateway) bind(ctx context.Context) error {
 	tlsConfig, err := buildTLS(g.cfg.TLS)
@@ -84,7 +88,7 @@ func (g *Gateway) bindListener(ctx context.Context, l config.Listener, tlsConfig
 		Idle: g.cfg.Limits.TCPIdle,
 	}
 	stream := listen.StreamConfig{Common: common, Limits: limits, Pipeline: g.cfg.Limits.TCPPipeline}
-	packet := listen.PacketConfig{Common: common, Inflight: g.cfg.Limits.Inflight}
+	packet := listen.PacketConfig{Common: common, Inflight: backstop(g.cfg.Limits.Inflight)}
 	var one listen.Server
 	switch l.Scheme {
 	case config.DNS:
@@ -112,7 +116,7 @@ func (g *Gateway) bindListener(ctx context.Context, l config.Listener, tlsConfig
 	case config.QUIC:
 		s.Network = "udp"
 		one, err = listen.ListenQUIC(ctx, listen.QUICConfig{
-			Common: common, TLS: tlsConfig, Inflight: g.cfg.Limits.Inflight,
+			Common: common, TLS: tlsConfig, Inflight: backstop(g.cfg.Limits.Inflight),
 			PerClient: limits.PerClient, PrefixV4: limits.PrefixV4, PrefixV6: limits.PrefixV6,
 		})
 	default:

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -74,4 +75,44 @@ func askMany(t *testing.T, s *setup, fault, name string, dial func(*testing.T, *
 	}
 	clients.Wait()
 	return time.Duration(worst.Load())
+}
+
+// TestUnreadableNames has a stranger ask, as fast as it can, for names whose answers no client can read, while another
+// asks for good ones: all of those are answered, and no upstream is thought to be failing.
+func TestUnreadableNames(t *testing.T) {
+	s := newSetup(t, yaml{cache: "off"})
+	done := make(chan struct{})
+	var stranger sync.WaitGroup
+	for i := range 4 {
+		stranger.Go(func() {
+			c := dialClassic(t, s, "tcp", s.plain)
+			if c == nil {
+				return
+			}
+			defer c.close()
+			for n := 0; ; n++ {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				ctx, cancel := contextWithDeadline(t)
+				resp, err := c.ask(ctx, new(dns.Msg).SetQuestion(fmt.Sprintf("n%d-%d.unreadable.lab.test.", i, n), dns.TypeHTTPS))
+				cancel()
+				if err != nil || resp.Rcode != dns.RcodeServerFailure {
+					t.Errorf("unreadable name: got %v, %v, want SERVFAIL", resp, err)
+					return
+				}
+			}
+		})
+	}
+	for _, tr := range transports {
+		askMany(t, s, "unreadable names", "unreadable-"+tr.name, tr.dial)
+	}
+	close(done)
+	stranger.Wait()
+	if status, body := get(t, "http://"+s.admin+"/readyz"); status != 200 || strings.Contains(body, `"failing"`) {
+		t.Errorf("/readyz: got %d %s", status, body)
+	}
+	noErrors(t, s.gateway)
 }

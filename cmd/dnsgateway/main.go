@@ -48,7 +48,8 @@ func main() {
 	// quic-go would write to the log package, past our logger, that the kernel gives smaller buffers than it wants.
 	_ = os.Setenv("QUIC_GO_DISABLE_RECEIVE_BUFFER_WARNING", "true")
 	// SIGHUP never ends the program, whatever stage it is in; what it does besides is the run command's matter.
-	signal.Ignore(syscall.SIGHUP)
+	// Nor does a log shipper that goes away and leaves a closed pipe behind.
+	signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	os.Exit(execute(ctx, newRootCommand(), os.Args[1:]))

@@ -73,7 +73,6 @@ func runGateway(cmd *cobra.Command, file string) error {
 	}
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
 	stopHUP := make(chan struct{})
 	hupDone := make(chan struct{})
 	go func() {

@@ -472,7 +472,7 @@ func TestBackoff(t *testing.T) {
 		})
 		defer p.close()
 		for range 10000 {
-			if _, err := p.ask(t.Context(), rootQuery); kindOf(err) != KindConnect {
+			if _, err := p.ask(t.Context(), rootQuery); kindOf(err) != KindConnect && kindOf(err) != KindBackoff {
 				t.Fatal(err)
 			}
 			time.Sleep(time.Millisecond)

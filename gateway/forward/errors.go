@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/miekg/dns"
 	"github.com/quic-go/quic-go"
@@ -16,11 +17,13 @@ import (
 
 // The kinds of an [Error]. They are the values of a metrics label, so the list is short and closed.
 const (
-	KindConnect   = "connect"   // no connection: refused, no route, or this server was dialled in vain a moment ago
+	KindConnect   = "connect"   // no connection: refused, no route
+	KindBackoff   = "backoff"   // not asked: it was dialled in vain a moment ago
 	KindTLS       = "tls"       // the handshake went wrong: wrong name, unknown authority, expired, pin, alert
 	KindTimeout   = "timeout"   // no answer in time
 	KindIO        = "io"        // the connection broke
 	KindMismatch  = "mismatch"  // what was read is not an answer to the question
+	KindMalformed = "malformed" // an answer to the question whose records cannot be read
 	KindHTTP      = "http"      // an HTTP status or media type that carries no answer
 	KindBootstrap = "bootstrap" // the server's host name has no address
 	KindBusy      = "busy"      // our own bound on queries in flight or abandoned calls was reached
@@ -32,6 +35,8 @@ const (
 type Error struct {
 	Kind string // one of the Kind constants
 	Err  error
+
+	retry time.Time // of KindBackoff: when the server can be asked again
 }
 
 func (e *Error) Error() string { return e.Kind + ": " + e.Err.Error() }
@@ -162,7 +167,7 @@ func (e *NoAnswerError) ExtendedError() (code uint16, text string) {
 	switch {
 	case kinds[KindTLS]:
 		return edeNetworkError, "upstream TLS error"
-	case kinds[KindMismatch]:
+	case kinds[KindMismatch], kinds[KindMalformed]:
 		return edeNetworkError, "upstream gave no valid answer"
 	case kinds[KindIO], kinds[KindHTTP]:
 		return edeNetworkError, "upstream connection error"

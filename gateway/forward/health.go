@@ -96,8 +96,14 @@ func (s *server) recover(now time.Time) {
 // failed notes an exchange that gave no response.
 func (s *server) failed(now time.Time, d time.Duration, err error) {
 	switch kindOf(err) {
-	case KindAbandoned, KindBusy, KindClosed:
+	case KindAbandoned, KindBusy, KindClosed, KindBackoff:
 		return // says nothing about the server
+	case KindMalformed:
+		// It lives. What cannot be read of this name may be the name's fault: refuted tells, as for a SERVFAIL.
+		s.mu.Lock()
+		s.lastAnswer, s.fails = now, 0
+		s.mu.Unlock()
+		return
 	}
 	s.mu.Lock()
 	s.lastErr = err.Error()
@@ -117,14 +123,14 @@ func (s *server) silent(now time.Time, d time.Duration) {
 	}
 }
 
-// refuted notes a SERVFAIL for q where another server gave a good answer.
+// refuted notes a SERVFAIL or a malformed answer for q where another server gave a good one.
 func (s *server) refuted(now time.Time, q *query) {
 	s.mu.Lock()
 	if s.servFailed != nil && s.servFailed.hash == q.hash {
 		s.mu.Unlock()
 		return
 	}
-	s.lastErr = "SERVFAIL where another server has an answer"
+	s.lastErr = "SERVFAIL or a malformed answer where another server has a good one"
 	s.servFails++
 	s.servFailed = q
 	s.openIf(now, s.servFails >= openAfterServFail, true)

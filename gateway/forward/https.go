@@ -133,7 +133,7 @@ func (l *httpLink) ask(ctx context.Context, q *query) (*dns.Msg, error) {
 		err = classify(KindIO, "HTTP request", ctx.Err()) // whatever the end of the exchange looked like
 	}
 	// Any HTTP response shows that the connection works, even if it carries no answer.
-	answered := err == nil || kindOf(err) == KindHTTP || kindOf(err) == KindMismatch
+	answered := err == nil || kindOf(err) == KindHTTP || kindOf(err) == KindMismatch || kindOf(err) == KindMalformed
 	var dead error
 	if !answered && ctx.Err() == nil {
 		if dead = l.dead(); dead != nil {

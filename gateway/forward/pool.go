@@ -3,6 +3,7 @@ package forward
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -252,7 +253,7 @@ func (p *pool) pick(now time.Time) (link, *dialing, error) {
 		case !now.Before(p.retry):
 			p.startDial(now)
 		case best == nil && p.dialing == nil:
-			err = p.lastErr
+			err = &Error{Kind: KindBackoff, Err: fmt.Errorf("too soon to try again after: %w", p.lastErr), retry: p.retry}
 		}
 	}
 	d := p.dialing

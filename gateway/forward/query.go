@@ -136,9 +136,16 @@ func mismatch(format string, args ...any) error {
 	return &Error{Kind: KindMismatch, Err: errMismatch(fmt.Sprintf(format, args...))}
 }
 
+// malformed is a mismatch that is one name's matter: the answer is to the question and framed as it should be, but its
+// records cannot be read. Whoever owns a zone can have that happen, so it says nothing against connection and server.
+func malformed(format string, args ...any) error {
+	return &Error{Kind: KindMalformed, Err: errMismatch(fmt.Sprintf(format, args...))}
+}
+
 // check reads msg, which claims to be the answer to q with the given ID, and returns it with the caller's ID and
 // question. It holds msg against RFC 1035, section 7.3: QR, opcode, ID and the whole question, whose letters may differ
-// in case. The result shares no memory with msg.
+// in case; an error response may have no question at all, as old servers without EDNS do it. The result shares no memory
+// with msg. An error of KindMalformed is a fault of this answer alone.
 func (q *query) check(msg []byte, id uint16) (*dns.Msg, error) {
 	if err := checkHeader(msg); err != nil {
 		return nil, err
@@ -146,18 +153,18 @@ func (q *query) check(msg []byte, id uint16) (*dns.Msg, error) {
 	if got := binary.BigEndian.Uint16(msg); got != id {
 		return nil, mismatch("wrong ID")
 	}
-	if !sameQuestion(msg, q.question) {
+	if !sameQuestion(msg, q.question) && !bareError(msg) {
 		return nil, mismatch("wrong question")
 	}
 	resp := new(dns.Msg)
 	if err := resp.Unpack(msg); err != nil {
-		return nil, mismatch("malformed message: %v", err)
+		return nil, malformed("malformed message: %v", err)
 	}
 	// Unpack takes a message that ends before its counts do; a cut answer is none.
 	be := binary.BigEndian
 	if len(resp.Answer) != int(be.Uint16(msg[6:])) || len(resp.Ns) != int(be.Uint16(msg[8:])) ||
 		len(resp.Extra) != int(be.Uint16(msg[10:])) {
-		return nil, mismatch("fewer records than the header says")
+		return nil, malformed("fewer records than the header says")
 	}
 	return q.adopt(resp), nil
 }
@@ -215,6 +222,19 @@ func sameQuestion(msg, question []byte) bool {
 	}
 	n := len(question) - 4
 	return equalFold(msg[headerLen:end-4], question[:n]) && string(msg[end-4:end]) == string(question[n:])
+}
+
+// bareError reports whether msg, which is at least a header long, is an error without any section but perhaps OPT:
+// FORMERR, SERVFAIL, NOTIMP or REFUSED from a server that did not read as far as the question.
+func bareError(msg []byte) bool {
+	if binary.BigEndian.Uint64(msg[4:])>>16 != 0 {
+		return false
+	}
+	switch msg[3] & 0xf {
+	case dns.RcodeFormatError, dns.RcodeServerFailure, dns.RcodeNotImplemented, dns.RcodeRefused:
+		return true
+	}
+	return false
 }
 
 // equalFold compares names in wire form. Label lengths are below 'A', so they fold to themselves.

@@ -90,7 +90,7 @@ func (l *quicLink) ask(ctx context.Context, q *query) (*dns.Msg, error) {
 	if dead {
 		err = l.broken(err)
 	}
-	l.end(err == nil)
+	l.end(err == nil || kind == KindMalformed)
 	if dead || kind == KindMismatch {
 		l.die(err)
 	}

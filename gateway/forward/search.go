@@ -30,14 +30,16 @@ type search struct {
 	results  chan result
 	best     *dns.Msg // the best response that is not good enough: a SERVFAIL or REFUSED
 	causes   []Cause
+	second   bool // again was here
 }
 
 // attempt is one server's part in a search. The attempts are plan[:len(attempts)], in the same order.
 type attempt struct {
-	start    time.Time
-	overdue  bool // a later attempt was started because this one took too long
-	done     bool
-	servFail bool
+	start   time.Time
+	overdue bool // a later attempt was started because this one took too long
+	done    bool
+	useless bool      // done with a SERVFAIL or a malformed answer, which another server may refute
+	retry   time.Time // done without having asked: when the server can be asked; else zero
 }
 
 type result struct {
@@ -79,7 +81,10 @@ func (s *search) run(ctx context.Context) (*dns.Msg, error) {
 			case more && s.fresh() == 0:
 				timer.Reset(s.next(ctx))
 			case !more && s.running == 0:
-				return s.finish(ctx, nil)
+				if !s.again(ctx) {
+					return s.finish(ctx, nil)
+				}
+				timer.Reset(s.next(ctx))
 			}
 		case <-timer.C:
 			for i := range s.attempts {
@@ -93,6 +98,27 @@ func (s *search) run(ctx context.Context) (*dns.Msg, error) {
 			return s.finish(ctx, nil)
 		}
 	}
+}
+
+// again makes a new plan, once, of the servers that could not be asked because they had been dialled in vain a moment
+// before, and waits until the first of them can be: nobody else is left to ask, and there is time. Those that are failing
+// are not waited for. It reports whether there is such a plan. No attempt is running.
+func (s *search) again(ctx context.Context) bool {
+	var plan []*server
+	var first time.Time
+	for i, a := range s.attempts {
+		if a.retry.IsZero() || s.plan[i].failing() {
+			continue
+		}
+		if plan = append(plan, s.plan[i]); first.IsZero() || a.retry.Before(first) {
+			first = a.retry
+		}
+	}
+	if s.second || len(plan) == 0 || !sleep(ctx, time.Until(first)) {
+		return false
+	}
+	s.second, s.plan, s.healthy, s.attempts = true, plan, len(plan), s.attempts[:0]
+	return true
 }
 
 // next starts the next attempt, or all of its tier when the pick is race, and returns how long to wait for it alone.
@@ -149,7 +175,14 @@ func (s *search) take(r result) (resp *dns.Msg, end bool) {
 	s.running--
 	now := time.Now()
 	if r.err != nil {
+		var e *Error
+		if errors.As(r.err, &e) && e.Kind == KindBackoff {
+			a.retry = e.retry
+			s.causes = append(s.causes, Cause{Server: srv.url, Err: r.err})
+			return nil, !s.g.nextOn.Connect
+		}
 		kind := kindOf(r.err)
+		a.useless = kind == KindMalformed
 		srv.obs.Done(r.d, -1, kind)
 		srv.failed(now, r.d, r.err)
 		s.causes = append(s.causes, Cause{Server: srv.url, Err: r.err})
@@ -159,7 +192,7 @@ func (s *search) take(r result) (resp *dns.Msg, end bool) {
 	srv.answered(now, r.d, r.resp)
 	switch {
 	case r.resp.Rcode == dns.RcodeServerFailure && s.g.nextOn.ServFail:
-		a.servFail = true
+		a.useless = true
 	case r.resp.Rcode == dns.RcodeRefused && s.g.nextOn.Refused:
 	default:
 		return r.resp, true
@@ -200,7 +233,7 @@ func (s *search) finish(ctx context.Context, resp *dns.Msg) (*dns.Msg, error) {
 		srv, a := s.plan[i], &s.attempts[i]
 		d := now.Sub(a.start)
 		switch {
-		case a.done && a.servFail && resp != nil && resp.Rcode != dns.RcodeServerFailure &&
+		case a.done && a.useless && resp != nil && resp.Rcode != dns.RcodeServerFailure &&
 			resp.Rcode != dns.RcodeRefused:
 			srv.refuted(now, s.q)
 		case a.done:

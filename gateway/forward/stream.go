@@ -252,7 +252,7 @@ func readFrame(r *bufio.Reader, buf *[]byte) ([]byte, error) {
 }
 
 // deliver hands msg to the call that waits for it. An error means that the stream cannot be trusted any more: an answer
-// that nobody asked for, or to another question, or that cannot be read.
+// that nobody asked for, or to another question, or that is not even a response.
 func (l *streamLink) deliver(msg []byte) error {
 	if err := checkHeader(msg); err != nil {
 		return err
@@ -270,7 +270,10 @@ func (l *streamLink) deliver(msg []byte) error {
 	}
 	resp, err := q.check(msg, id)
 	reply := streamReply{resp: resp, err: err}
-	if err == nil && resp.Truncated {
+	if kindOf(err) == KindMalformed {
+		err = nil // this name's matter alone: the stream is sound
+	}
+	if resp != nil && resp.Truncated {
 		reply = streamReply{err: mismatch("truncated over a stream")} // and yet the stream is sound
 	}
 	l.mu.Lock()
@@ -286,7 +289,7 @@ func (l *streamLink) deliver(msg []byte) error {
 		return err
 	}
 	c.done <- reply
-	if err == nil {
+	if resp != nil {
 		l.heed(resp)
 	}
 	l.endLocked(err == nil)

@@ -136,6 +136,9 @@ func (c *udpClient) exchange(ctx context.Context, addr netip.AddrPort, q *query)
 				continue
 			}
 			resp, err := q.check(buf[:n], id)
+			if kindOf(err) == KindMalformed {
+				return nil, err
+			}
 			if err != nil {
 				strays++
 				continue

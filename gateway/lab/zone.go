@@ -30,6 +30,8 @@ const (
 	edeName      = "ede.lab.test."
 	servFailName = "servfail.lab.test."
 	refusedName  = "refused.lab.test."
+	// Below this name every HTTPS record has its SvcParams out of order, which RFC 9460, section 2.2 forbids.
+	unreadableName = "unreadable.lab.test."
 )
 
 // The Extended DNS Error of ede.lab.test.
@@ -66,7 +68,7 @@ func loadZone(text string) (*zone, error) {
 	for i := range 100 {
 		z.add(&dns.A{Hdr: header("many.lab.test.", dns.TypeA, 300), A: net.IPv4(192, 0, 2, byte(100+i))})
 	}
-	for _, name := range []string{loadName, edeName, servFailName, refusedName} {
+	for _, name := range []string{loadName, edeName, servFailName, refusedName, unreadableName} {
 		z.exists[name] = true
 	}
 	return z, nil
@@ -168,6 +170,10 @@ func (z *zone) lookup(name string, rrtype uint16) (rrs []dns.RR, found bool) {
 	key := dns.CanonicalName(name)
 	if key != loadName && dns.IsSubDomain(loadName, key) {
 		return loadRecords(name, rrtype), true
+	}
+	if rrtype == dns.TypeHTTPS && dns.IsSubDomain(unreadableName, key) {
+		// port before alpn: 3, then 1
+		return []dns.RR{&dns.RFC3597{Hdr: header(name, rrtype, 300), Rdata: "000100" + "000300020035" + "00010003026832"}}, true
 	}
 	source := key
 	switch {

@@ -63,6 +63,7 @@ type QUICConfig struct {
 // DoQ error codes, RFC 9250, section 4.3.
 const (
 	doqInternalError = 0x1
+	doqProtocolError = 0x2
 	doqExcessiveLoad = 0x4
 	doqUnspecified   = 0x5
 )
@@ -212,9 +213,13 @@ func (s *QUIC) handle(_ context.Context, _ *proxy.Proxy, d *proxy.DNSContext) er
 	}
 	s.flight.enter()
 	defer s.flight.leave()
-	if !s.halted() && s.admit(d.QUICConnection) {
+	switch {
+	case d.DoQVersion == proxy.DoQv1 && d.Req.Id != 0:
+		// RFC 9250, section 4.2.1 and 4.3.3: a fatal error, which the framework leaves to us.
+		_ = d.QUICConnection.CloseWithError(doqProtocolError, "")
+	case !s.halted() && s.admit(d.QUICConnection):
 		s.answer(d)
-	} else {
+	default:
 		d.QUICStream.CancelWrite(doqExcessiveLoad)
 	}
 	return proxy.ErrDrop
