@@ -10,6 +10,7 @@ package gateway
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -28,9 +29,14 @@ import (
 	"dnsgateway/gateway/wire"
 )
 
-// grace is how long a stop waits for the queries in flight. It is longer than the default deadline of a group, so that
-// each of them gets its answer.
-const grace = 5 * time.Second
+const (
+	// minGrace is how long a stop waits at least for the queries in flight. It is longer than the default deadline of a
+	// group; where a group has a longer one, the grace is graceMargin longer than that: each of them gets its answer.
+	minGrace    = 5 * time.Second
+	graceMargin = time.Second
+	// adminGrace is how long a stop waits for requests to the admin endpoint, after everything else.
+	adminGrace = time.Second
+)
 
 // Options are what a Gateway gets from its program.
 type Options struct {
@@ -52,8 +58,10 @@ type Gateway struct {
 	log     *slog.Logger
 	metrics *observe.Metrics
 	cache   *cache.Cache // nil: off
+	tls     *tls.Config  // nil without certificates
 	admin   *admin.Server
 	sockets []socket
+	grace   time.Duration
 	policy  atomic.Pointer[policy]
 
 	serving  atomic.Bool
@@ -64,11 +72,17 @@ var _ listen.Handler = (*Gateway)(nil)
 
 // New builds a gateway from cfg, which comes from config.Load and is not changed. It opens no socket and starts nothing.
 func New(cfg *config.Config, o Options) (*Gateway, error) {
-	g := &Gateway{cfg: cfg, log: o.Logger}
+	g := &Gateway{cfg: cfg, log: o.Logger, grace: minGrace}
+	for _, u := range cfg.Upstreams {
+		g.grace = max(g.grace, u.Deadline+graceMargin)
+	}
 	if g.log == nil {
 		g.log = slog.New(slog.DiscardHandler)
 	}
 	var err error
+	if g.tls, err = buildTLS(cfg.TLS); err != nil {
+		return nil, err
+	}
 	if g.metrics, err = observe.New(prometheus.NewRegistry(), o.Version); err != nil {
 		return nil, fmt.Errorf("making metrics: %w", err)
 	}
@@ -137,8 +151,11 @@ func (g *Gateway) Run(ctx context.Context) error {
 	for _, u := range p.groups {
 		groups.Go(func() error { return u.Run(background) })
 	}
-	adminDone := make(chan error, 1)
-	go func() { adminDone <- g.serveAdmin() }()
+	adminDone := make(chan struct{})
+	go func() {
+		defer close(adminDone)
+		g.serveAdmin()
+	}()
 
 	serve, ctx := errgroup.WithContext(ctx)
 	for _, s := range g.sockets {
@@ -156,13 +173,15 @@ func (g *Gateway) Run(ctx context.Context) error {
 
 	<-ctx.Done()
 	g.draining.Store(true)
-	g.log.Info("stopping", "grace", grace.String())
-	limit, cancel := context.WithTimeout(background, grace)
+	g.log.Info("stopping", "grace", g.grace.String())
+	limit, cancel := context.WithTimeout(background, g.grace)
 	defer cancel()
 	drained := g.shutdownListeners(limit)
 	err := serve.Wait()
 	stopBackground()
-	err = errors.Join(err, groups.Wait(), p.close(), g.shutdownAdmin(limit), <-adminDone)
+	err = errors.Join(err, groups.Wait(), p.close())
+	g.shutdownAdmin()
+	<-adminDone
 	if drained != nil {
 		g.log.Warn("queries were cut off", "err", drained)
 	}
@@ -172,9 +191,11 @@ func (g *Gateway) Run(ctx context.Context) error {
 
 // Close frees what New and Start made when Run is not reached.
 func (g *Gateway) Close() error {
-	limit, cancel := context.WithTimeout(context.Background(), grace)
+	limit, cancel := context.WithTimeout(context.Background(), g.grace)
 	defer cancel()
-	return errors.Join(g.shutdownListeners(limit), g.policy.Load().close(), g.shutdownAdmin(limit))
+	err := errors.Join(g.shutdownListeners(limit), g.policy.Load().close())
+	g.shutdownAdmin()
+	return err
 }
 
 func (g *Gateway) shutdownListeners(limit context.Context) error {
@@ -187,16 +208,25 @@ func (g *Gateway) shutdownListeners(limit context.Context) error {
 	return all.Wait()
 }
 
-func (g *Gateway) serveAdmin() error {
+// serveAdmin serves the admin endpoint until its Shutdown. Its failure is the operator's matter and no reason to leave
+// clients without answers.
+func (g *Gateway) serveAdmin() {
 	if g.admin == nil {
-		return nil
+		return
 	}
-	return g.admin.Serve()
+	if err := g.admin.Serve(); err != nil {
+		g.log.Error("the admin endpoint has failed; health and metrics are gone until the next start", "err", err)
+	}
 }
 
-func (g *Gateway) shutdownAdmin(limit context.Context) error {
+// shutdownAdmin closes the admin endpoint. A request that has to be cut off, a slow scrape's for one, spoils no stop.
+func (g *Gateway) shutdownAdmin() {
 	if g.admin == nil {
-		return nil
+		return
 	}
-	return g.admin.Shutdown(limit)
+	limit, cancel := context.WithTimeout(context.Background(), adminGrace)
+	defer cancel()
+	if err := g.admin.Shutdown(limit); err != nil {
+		g.log.Debug("closing the admin endpoint", "err", err)
+	}
 }

@@ -274,3 +274,61 @@ func TestKeepalive(t *testing.T) {
 		}
 	}
 }
+
+// TestStopIsNotHeldByAdmin stops while a connection to the admin endpoint is open that has asked nothing: a TCP health
+// probe, or a scrape on its way.
+func TestStopIsNotHeldByAdmin(t *testing.T) {
+	l := startLab(t)
+	g, err := New(load(t, l, everything(l)), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	if err := g.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- g.Run(ctx) }()
+	conn, err := net.Dial("tcp", g.AdminAddr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	cancel()
+	if err := <-done; err != nil {
+		t.Errorf("Run: got %v, want nil", err)
+	}
+}
+
+// TestGraceOutlastsTheDeadlines holds the time that a stop waits against the groups' deadlines.
+func TestGraceOutlastsTheDeadlines(t *testing.T) {
+	l := startLab(t)
+	for text, want := range map[string]time.Duration{
+		everything(l): minGrace,
+		strings.Replace(everything(l), "default:\n", "default:\n    deadline: 30s\n", 1): 31 * time.Second,
+	} {
+		g, err := New(load(t, l, text), Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if g.grace != want {
+			t.Errorf("got %v, want %v", g.grace, want)
+		}
+		if err := g.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestBadPairHasItsPlace is about what config.Load does not see: New says where it stands.
+func TestBadPairHasItsPlace(t *testing.T) {
+	l := startLab(t)
+	cfg := load(t, l, everything(l))
+	bad := *cfg
+	bad.TLS = slices.Clone(cfg.TLS)
+	bad.TLS[0].Key = []byte("nothing")
+	if _, err := New(&bad, Options{}); err == nil || !strings.Contains(err.Error(), "config.yaml:7:") {
+		t.Errorf("got %v, want an error with its place", err)
+	}
+}

@@ -38,7 +38,7 @@ type rule struct {
 	reach  bool     // forbidden over any number of steps, not only as a direct import
 }
 
-// The rules are those of the design, section 2, under "Never", and its import table. Test files may import
+// The rules are those of the README's "Architecture" and of gateway/pipeline/doc.go. Test files may import
 // what they need: they are not in the program.
 var rules = []rule{
 	{

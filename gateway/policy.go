@@ -72,7 +72,7 @@ func (g *Gateway) buildPolicy(cfg *config.Config) (_ *policy, err error) {
 }
 
 // encrypted reports whether nobody between the group's servers and us can change what they say: then their AD bit may be
-// believed (RFC 6840, section 5.9 and RFC 4035, section 4.9.3).
+// believed (RFC 4035, section 4.9.3).
 func encrypted(c config.Group) bool {
 	for _, tier := range c.Tiers {
 		for _, s := range tier {

@@ -29,10 +29,6 @@ func backstop(inflight int) int { return 2*inflight + 1000 }
 
 // bind opens the admin endpoint and every listener. What was opened before an error stays in g, for Close.
 func (g *Gateway) bind(ctx context.Context) error {
-	tlsConfig, err := buildTLS(g.cfg.TLS)
-	if err != nil {
-		return err
-	}
 	if g.cfg.Admin.Listen.IsValid() {
 		if err := g.bindAdmin(ctx); err != nil {
 			return err
@@ -40,7 +36,7 @@ func (g *Gateway) bind(ctx context.Context) error {
 	}
 	var errs []error // a taken port is often one of several: all of them in one run
 	for _, l := range g.cfg.Listen {
-		s, err := g.bindListener(ctx, l, tlsConfig)
+		s, err := g.bindListener(ctx, l)
 		if err != nil {
 			errs = append(errs, config.At(l.Place, explainBind(err)))
 		}
@@ -60,7 +56,11 @@ func buildTLS(pairs []config.KeyPair) (*tls.Config, error) {
 	}
 	var in []certs.Pair
 	for _, p := range pairs {
-		in = append(in, certs.Pair{CertPEM: p.Cert, KeyPEM: p.Key, Source: p.CertFile, KeySource: p.KeyFile, Names: p.Names})
+		pair := certs.Pair{CertPEM: p.Cert, KeyPEM: p.Key, Source: p.CertFile, KeySource: p.KeyFile, Names: p.Names}
+		if _, err := certs.NewStore([]certs.Pair{pair}); err != nil { // one by one, to know the place
+			return nil, config.At(p.Place, err)
+		}
+		in = append(in, pair)
 	}
 	store, err := certs.NewStore(in)
 	if err != nil {
@@ -81,7 +81,7 @@ func (g *Gateway) bindAdmin(ctx context.Context) error {
 	return nil
 }
 
-func (g *Gateway) bindListener(ctx context.Context, l config.Listener, tlsConfig *tls.Config) (s socket, err error) {
+func (g *Gateway) bindListener(ctx context.Context, l config.Listener) (s socket, err error) {
 	common := listen.Common{Handler: g, Name: l.Name, Addr: l.Addr, Logger: g.log}
 	limits := listen.Limits{
 		PerClient: g.cfg.Limits.TCPPerClient, PrefixV4: g.cfg.Limits.PrefixV4, PrefixV6: g.cfg.Limits.PrefixV6,
@@ -103,7 +103,7 @@ func (g *Gateway) bindListener(ctx context.Context, l config.Listener, tlsConfig
 		one, err = listen.ListenStream(ctx, stream)
 	case config.TLS:
 		s.Network = "tcp"
-		stream.TLS = tlsConfig
+		stream.TLS = g.tls
 		one, err = listen.ListenStream(ctx, stream)
 	case config.HTTPS:
 		s.Network = "tcp"
@@ -111,12 +111,12 @@ func (g *Gateway) bindListener(ctx context.Context, l config.Listener, tlsConfig
 			s.Network = "udp+tcp"
 		}
 		one, err = listen.ListenHTTPS(ctx, listen.HTTPSConfig{
-			Common: common, Limits: limits, TLS: tlsConfig, Path: l.Path, HTTP: l.HTTP,
+			Common: common, Limits: limits, TLS: g.tls, Path: l.Path, HTTP: l.HTTP,
 		})
 	case config.QUIC:
 		s.Network = "udp"
 		one, err = listen.ListenQUIC(ctx, listen.QUICConfig{
-			Common: common, TLS: tlsConfig, Inflight: backstop(g.cfg.Limits.Inflight),
+			Common: common, TLS: g.tls, Inflight: backstop(g.cfg.Limits.Inflight),
 			PerClient: limits.PerClient, PrefixV4: limits.PrefixV4, PrefixV6: limits.PrefixV6,
 		})
 	default:

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -94,7 +95,7 @@ func TestHangup(t *testing.T) {
 		if err != nil {
 			return 0
 		}
-		return uint64(strings.Count(string(b), "log file reopened"))
+		return uint64(strings.Count(string(b), "SIGHUP: the log goes on"))
 	}, 1)
 	if status, body := get(t, "http://"+admin+"/livez"); status != http.StatusOK {
 		t.Errorf("/livez after SIGHUP: got %d %s", status, body)
@@ -221,5 +222,59 @@ func TestBindErrors(t *testing.T) {
 		if !strings.Contains(out, want) {
 			t.Errorf("no %q in\n%s", want, out)
 		}
+	}
+}
+
+// TestSecondSignal sends SIGTERM twice while a question waits for silent upstreams: the second one ends the program at
+// once.
+func TestSecondSignal(t *testing.T) {
+	s := newSetup(t, yaml{cache: "off"})
+	s.faultAll(t, "silent")
+	c := dialClassic(t, s, "tcp", s.plain).(*classic)
+	defer c.close()
+	if err := c.conn.WriteMsg(new(dns.Msg).SetQuestion("a.load.lab.test.", dns.TypeA)); err != nil {
+		t.Fatal(err)
+	}
+	awaitCount(t, func() uint64 { return s.lab.Server("tier1").Queries() }, 1)
+	begin := time.Now()
+	if err := s.gateway.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	s.gateway.await(`"msg":"stopping"`)
+	if status := s.gateway.stop(syscall.SIGTERM); status == 0 {
+		t.Error("exit status: got 0, want that of a signal")
+	}
+	if took := time.Since(begin); took > 2*time.Second {
+		t.Errorf("ended %v after the first signal, want at once after the second", took)
+	}
+}
+
+// TestClosedPipe takes the reader of the log away, as a log shipper that is started again does: the gateway goes on.
+func TestClosedPipe(t *testing.T) {
+	reader, writer, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := freePort(t)
+	cmd := exec.Command(program, "run", "-c", "-")
+	cmd.Stdin = strings.NewReader("listen: [dns://" + addr + "]\nadmin: off\nlog: json\n")
+	cmd.Stdout, cmd.Stderr = writer, writer
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	_ = writer.Close()
+	awaitTCP(t, addr)
+	_ = reader.Close()
+	for range 3 {
+		if err := cmd.Process.Signal(syscall.SIGHUP); err != nil { // each writes a line
+			t.Fatal(err)
+		}
+		awaitTCP(t, addr)
+	}
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("after the reader of its log went away: %v", err)
 	}
 }

@@ -48,7 +48,7 @@ func check(cmd *cobra.Command, file string) error {
 	}
 	w := cmd.OutOrStdout()
 	fmt.Fprintf(w, "%s is sound\n\n", sourceName(cfg))
-	printListeners(w, cfg, nil)
+	printListeners(w, cfg, nil, cfg.Admin.Listen)
 	printLadder(w, cfg)
 	for _, warning := range cfg.Warnings {
 		fmt.Fprintf(cmd.ErrOrStderr(), "warning: %v\n", warning)
@@ -59,9 +59,9 @@ func check(cmd *cobra.Command, file string) error {
 // sourceName says in words where the settings came from.
 func sourceName(cfg *config.Config) string {
 	switch cfg.Source {
-	case "<default>":
+	case config.Builtin:
 		return "the built-in default (give your own with -c FILE)"
-	case "<stdin>":
+	case config.Stdin:
 		return "standard input"
 	}
 	return cfg.Source
@@ -69,7 +69,7 @@ func sourceName(cfg *config.Config) string {
 
 // printListeners prints the listeners in the file's order. Bound addresses replace those of the file when the gateway
 // runs: they differ where the file leaves the port to the system.
-func printListeners(w io.Writer, cfg *config.Config, bound []gateway.Listening) {
+func printListeners(w io.Writer, cfg *config.Config, bound []gateway.Listening, admin netip.AddrPort) {
 	fmt.Fprintln(w, "listening on")
 	if bound == nil {
 		for _, l := range cfg.Listen {
@@ -80,8 +80,8 @@ func printListeners(w io.Writer, cfg *config.Config, bound []gateway.Listening) 
 		printListener(w, b.Listener.Scheme, b.Addr, b.Listener.Path, b.Listener.HTTP, b.Listener.Name)
 	}
 	fmt.Fprintf(w, "  answers %s\n", answersWhom(cfg))
-	if cfg.Admin.Listen.IsValid() {
-		fmt.Fprintf(w, "  health and metrics on http://%s\n", cfg.Admin.Listen)
+	if admin.IsValid() {
+		fmt.Fprintf(w, "  health and metrics on http://%s\n", admin)
 	}
 }
 

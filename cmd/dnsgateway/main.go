@@ -52,11 +52,12 @@ func main() {
 	signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
+	// The first signal starts the drain; after it the defaults hold again, so that a second one ends the program at once.
+	context.AfterFunc(ctx, stop)
 	os.Exit(execute(ctx, newRootCommand(), os.Args[1:]))
 }
 
-// execute runs root with args and returns the exit status. A second signal after the first, while the program drains,
-// ends it at once.
+// execute runs root with args and returns the exit status.
 func execute(ctx context.Context, root *cobra.Command, args []string) int {
 	root.SetArgs(args)
 	err := root.ExecuteContext(ctx)

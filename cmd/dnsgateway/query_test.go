@@ -22,6 +22,8 @@ import (
 	"github.com/ameshkov/dnsstamps"
 	"github.com/google/go-cmp/cmp"
 	"github.com/miekg/dns"
+
+	"dnsgateway/gateway/certs"
 )
 
 var updateQuery = flag.Bool("update-query", false, "rewrite the golden files of the query command")
@@ -50,7 +52,7 @@ func startQueryServers(t *testing.T) *queryServers {
 	}
 }
 
-func (s *queryServers) pin() string { return pinText(s.conf.Certificates[0].Leaf) }
+func (s *queryServers) pin() string { return certs.Pin(s.conf.Certificates[0].Leaf) }
 
 // changeable are the parts of the output that differ from run to run, and what stands for them in the golden files.
 var changeable = []struct {

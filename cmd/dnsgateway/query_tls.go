@@ -4,13 +4,14 @@ import (
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
 	"sync"
 	"time"
+
+	"dnsgateway/gateway/certs"
 )
 
 // queryTLS is what is to be told about a TLS connection.
@@ -88,7 +89,7 @@ func (v *queryVerifier) verify(cs tls.ConnectionState) error {
 	seen.Certificate.Issuer = printable(leaf.Issuer.String())
 	seen.Certificate.Names = certificateNames(leaf)
 	seen.Certificate.NotBefore, seen.Certificate.NotAfter = leaf.NotBefore, leaf.NotAfter
-	seen.Certificate.Pin = pinText(leaf)
+	seen.Certificate.Pin = certs.Pin(leaf)
 
 	chains, problems := v.check(cs.PeerCertificates, time.Now())
 	var err error
@@ -168,12 +169,6 @@ func (v *queryVerifier) pinned(leaf *x509.Certificate, chains [][]*x509.Certific
 		}
 	}
 	return false
-}
-
-// pinText returns the pin of a certificate's key, RFC 7858, section 4.2, as --pin and the configuration file take it.
-func pinText(c *x509.Certificate) string {
-	sum := sha256.Sum256(c.RawSubjectPublicKeyInfo)
-	return "sha256/" + base64.StdEncoding.EncodeToString(sum[:])
 }
 
 // certificateNames returns the DNS names and addresses that a certificate is for.

@@ -35,7 +35,7 @@ func configFlag(cmd *cobra.Command, file *string) {
 	cmd.Flags().StringVarP(file, "config", "c", "", `configuration file; "-" reads standard input; none uses the built-in settings`)
 }
 
-// loadConfig reads file and prints its warnings. Its error is ready for the user.
+// loadConfig reads file. Its error is ready for the user.
 func loadConfig(cmd *cobra.Command, file string) (*config.Config, error) {
 	cfg, err := config.Load(file, config.Options{Stdin: cmd.InOrStdin()})
 	if err != nil {
@@ -89,27 +89,25 @@ func runGateway(cmd *cobra.Command, file string) error {
 }
 
 // reopenOn opens the log file again at each signal, so that it can be rotated by renaming.
-func reopenOn(hup <-chan os.Signal, stop <-chan struct{}, output io.Closer, logger *slog.Logger) {
+func reopenOn(hup <-chan os.Signal, stop <-chan struct{}, output *observe.LogOutput, logger *slog.Logger) {
 	for {
 		select {
 		case <-stop:
 			return
 		case <-hup:
 		}
-		if r, ok := output.(interface{ Reopen() error }); ok {
-			if err := r.Reopen(); err != nil {
-				logger.Error("reopening the log file", "err", err)
-				continue
-			}
+		if err := output.Reopen(); err != nil {
+			logger.Error("reopening the log file", "err", err)
+			continue
 		}
-		logger.Info("log file reopened")
+		logger.Info("SIGHUP: the log goes on, in a new file if it is one")
 	}
 }
 
 // printStart prints the page for people: what is listened on, who is asked in which order, and what to try.
 func printStart(w io.Writer, cfg *config.Config, g *gateway.Gateway) {
 	fmt.Fprintf(w, "dnsgateway %s, settings from %s\n\n", version(), sourceName(cfg))
-	printListeners(w, cfg, g.Addrs())
+	printListeners(w, cfg, g.Addrs(), g.AdminAddr())
 	printLadder(w, cfg)
 	if line := tryLine(g.Addrs()); line != "" {
 		fmt.Fprintf(w, "\nTry:  %s\nStop: Ctrl-C\n\n", line)

@@ -145,6 +145,7 @@ func TestBucket(t *testing.T) {
 		{"the clock is set back by an hour", 20, []step{{0, 40, 40}, {-time.Hour, 100, 40}, {50 * time.Millisecond, 9, 1}}},
 		{"a query that was read a little earlier", 20, []step{{0, 40, 40}, {-time.Millisecond, 9, 0},
 			{51 * time.Millisecond, 9, 1}}},
+		{"one an hour", 1.0 / 3600, []step{{0, 20, 10}, {time.Hour - time.Second, 3, 0}, {time.Second, 3, 1}}},
 		{"the highest rate", 1e9, []step{{0, 1000, 1000}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

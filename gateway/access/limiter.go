@@ -54,9 +54,9 @@ type shard struct {
 
 func newLimiter(c Config) (*limiter, error) {
 	rate := c.PerClient
-	// The lower bound keeps every sum of times inside an int64.
-	if !(rate >= 0.001 && rate <= 1e9) {
-		return nil, fmt.Errorf("%v queries per second for a client is not between 0.001 and 1e9", rate)
+	// The lower bound, one an hour, keeps every sum of times inside an int64.
+	if !(rate >= 1.0/3600 && rate <= 1e9) {
+		return nil, fmt.Errorf("%v queries per second for a client is not between 1/3600 and 1e9", rate)
 	}
 	if c.PrefixV4 == 0 {
 		c.PrefixV4 = 32

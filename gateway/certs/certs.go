@@ -4,7 +4,7 @@
 // of clients, client certificates and upstream certificates are not its matter.
 //
 // What surprises a newcomer: an expired certificate is not an error here. A gateway whose certificate ran out over night
-// has to start all the same, so the caller looks at [Store.Leaves] and warns.
+// has to start all the same; to warn of it is for those who read the configuration.
 package certs
 
 import (

@@ -1,7 +1,7 @@
 // Package config is the YAML file as plain data: its grammar, its defaults, its checks, and the places of its mistakes.
 //
 // It builds nothing and opens nothing but files that the configuration names (includes, secrets, lists). Only package
-// gateway and the check command import it; every other package takes its own Config, which gateway translates.
+// gateway and the commands import it; every other package takes its own Config, which gateway translates.
 //
 // What surprises a newcomer: Load never stops at the first mistake. It returns all of them, each with its place.
 package config

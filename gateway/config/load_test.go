@@ -58,6 +58,7 @@ var pki = sync.OnceValue(func() map[string][]byte {
 	files["pki/empty.crt"] = []byte("\n")
 	files["pki/text.crt"] = []byte("not a certificate\n")
 	files["pki/broken.crt"] = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("not DER")})
+	files["pki/chain.crt"] = append(slices.Clone(files["pki/server.crt"]), files["pki/broken.crt"]...)
 	files["pki/broken.key"] = pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: []byte("not DER")})
 	files["pki/encrypted.key"] = pem.EncodeToMemory(&pem.Block{Type: "ENCRYPTED PRIVATE KEY", Bytes: []byte("secret")})
 	return files

@@ -153,6 +153,12 @@ func (p *pairItem) check(v value) bool {
 		p.problem(strings.TrimPrefix(err.Error(), "tls: "))
 		return false
 	}
+	for i, der := range pair.Certificate[1:] {
+		if _, err := x509.ParseCertificate(der); err != nil {
+			p.cert.errorf("%s: certificate %d of the chain cannot be read: %s", p.cert.from(), i+2, strings.TrimPrefix(err.Error(), "x509: "))
+			return false
+		}
+	}
 	now, day := v.l.opts.Now(), "2006-01-02"
 	switch leaf := pair.Leaf; {
 	case now.After(leaf.NotAfter):

@@ -158,6 +158,9 @@ func parseSize(s string) (int64, error) {
 
 var rateUnits = map[string]float64{"/s": 1, "/m": 60, "/h": 3600}
 
+// maxRate is the highest rate in events per second. It is no limit in practice, and exact in nanoseconds.
+const maxRate = 1e9
+
 // rate reads "200/s", or "off" and 0 for no limit, as events per second.
 func (v value) rate() (float64, bool) {
 	s, ok := v.text(wantRate + " or off")
@@ -176,6 +179,8 @@ func (v value) rate() (float64, bool) {
 		v.errorf("want %s or off, got %s", wantRate, quote(s))
 	case n == 0:
 		v.errorf("%s would let nobody ask; off means no limit", quote(s))
+	case float64(n)/per > maxRate:
+		v.errorf("%s is out of range; the most is 1000000000/s", quote(s))
 	default:
 		return float64(n) / per, true
 	}

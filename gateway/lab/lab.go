@@ -1,8 +1,8 @@
 // Package lab is a small internet on loopback: upstream DNS servers of every kind with their own CA, one zone of awkward
 // names, and faults that are switched while it runs. The tests and `dnsgateway lab` stand on it.
 //
-// It owns servers, names and misbehaviour; the gateway in front of it is the caller's. It shares no code with the parts
-// that it tests: the servers are miekg/dns, crypto/tls, net/http and quic-go, so that a mistake cannot hide in both ends.
+// It owns servers, names and misbehaviour; the gateway in front of it is the caller's. But for the making of certificates it shares no
+// code with the parts that it tests: the servers are miekg/dns, crypto/tls, net/http and quic-go, so that a mistake cannot hide in both ends.
 //
 // What surprises a newcomer: an answer depends on the question alone, never on the server, the time or what was asked
 // before, so every server can stand in for every other; and a dead server's port is refused, but stays its own.

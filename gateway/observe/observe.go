@@ -2,7 +2,7 @@
 //
 // It knows nothing of DNS messages, pipelines or listeners. The others tell it small numbers and strings, or it asks
 // them through functions when it is scraped; package gateway does the wiring. No client's address and no queried name
-// ever becomes a label (DESIGN.md, section 1): labels are transports, RCODEs, outcomes, listeners, groups and servers,
+// ever becomes a label: labels are transports, RCODEs, outcomes, listeners, groups and servers,
 // all of which the operator's file or this package bounds.
 //
 // What surprises a newcomer: the metrics of the hot path are not prometheus.Counter but striped atomics, which a

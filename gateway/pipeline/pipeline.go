@@ -78,7 +78,7 @@ type Config struct {
 	// Shape is what all responses have in common; UDPSize is 1232 and PadBlock 468 when they are 0.
 	Shape wire.Shape
 	// Inflight is how many exchanges may be under way at once; 0 means 10000. More are answered with SERVFAIL, at once:
-	// a queue would only make everybody late. This is the one bound on them, so listeners need none of their own.
+	// a queue would only make everybody late. This is the bound on them; those of listeners are larger, and only for what is on its way here.
 	Inflight int
 	Observer Observer         // nil: none
 	Logger   *slog.Logger     // nil: discard
