@@ -126,7 +126,7 @@ func TestClientFaults(t *testing.T) {
 		{"tls", wrongID, KindMismatch, "wrong ID"},
 		{"tls", wrongName, KindMismatch, "wrong question"},
 		{"tls", isQuery, KindMismatch, "not a response"},
-		{"tls", cutMessage, KindMismatch, "fewer records"},
+		{"tls", cutMessage, KindMalformed, "fewer records"},
 		{"tls", cutFrame, KindIO, ""},
 		{"tls", reset, KindIO, "reset"},
 		{"tls", truncated, KindMismatch, "truncated"},

@@ -604,3 +604,156 @@ var discard = slog.New(slog.DiscardHandler)
 func instant(m *dns.Msg) play {
 	return func(context.Context, *query) (*dns.Msg, error) { return m, nil }
 }
+
+// TestSettled holds that failing servers get one share of the time, and no more, once a response is at hand, and that
+// they can still better it.
+func TestSettled(t *testing.T) {
+	ms := time.Millisecond
+	servFail := says("", dns.RcodeServerFailure, 0)
+	tests := []struct {
+		name    string
+		tiers   string
+		failing string
+		plays   map[string]play
+		nextOn  NextOn
+		want    string
+		within  time.Duration
+	}{
+		{name: "failing and silent", tiers: "a | b | c", failing: "b c", plays: map[string]play{"a": servFail, "b": mute,
+			"c": mute}, want: "SERVFAIL", within: 1000 * ms},
+		{name: "the last of the failing has it", tiers: "a | b | c", failing: "b c", plays: map[string]play{"a": servFail,
+			"b": mute, "c": says("c", 0, 900*ms)}, want: "c", within: 900 * ms},
+		{name: "all fail at once", tiers: "a | b", failing: "b", plays: map[string]play{"a": servFail,
+			"b": fails(KindConnect, 0)}, want: "SERVFAIL"},
+		{name: "late SERVFAIL", tiers: "a | b | c", failing: "b c", plays: map[string]play{
+			"a": says("", dns.RcodeServerFailure, 1500*ms), "b": mute, "c": mute}, want: "SERVFAIL", within: 2500 * ms},
+		{name: "later SERVFAIL", tiers: "a | b", failing: "b", plays: map[string]play{
+			"a": says("", dns.RcodeServerFailure, 2500*ms), "b": mute}, want: "SERVFAIL", within: 2500 * ms},
+		{name: "the healthy are waited for", tiers: "a | b | c", failing: "c", plays: map[string]play{"a": servFail,
+			"b": says("b", 0, 2500*ms), "c": mute}, want: "b", within: 2500 * ms},
+		{name: "all failing", tiers: "a | b | c", failing: "a b c", plays: map[string]play{"a": servFail, "b": mute,
+			"c": mute}, want: "SERVFAIL", within: 1000 * ms},
+		{name: "no going on after a timeout", tiers: "a | b | c", failing: "b c", plays: map[string]play{"a": servFail,
+			"b": mute, "c": mute}, nextOn: NextOn{ServFail: true}, want: "SERVFAIL", within: 1000 * ms},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g, scripts := scripted(t, Config{NextOn: tt.nextOn}, tt.tiers)
+				defer g.Close()
+				g.running.Store(true) // as if probed
+				for name, p := range tt.plays {
+					scripts[name].set(p)
+				}
+				for _, s := range g.servers {
+					if strings.Contains(tt.failing, s.url) {
+						s.state = StateFailing
+					}
+				}
+				start := time.Now()
+				resp, err := g.Exchange(t.Context(), question("name.test."))
+				if err != nil || text(resp) != tt.want {
+					t.Errorf("got %v, %v, want %s", resp, err, tt.want)
+				}
+				if d := time.Since(start); d != tt.within {
+					t.Errorf("took %v, want %v", d, tt.within)
+				}
+			})
+		})
+	}
+}
+
+// TestPatientProbes counts the tries of a failing server before the time between them grows.
+func TestPatientProbes(t *testing.T) {
+	// check wants the first patientProbes of gaps to be firstProbe, and the next one twice that.
+	check := func(t *testing.T, gaps []time.Duration) {
+		t.Helper()
+		if len(gaps) <= patientProbes {
+			t.Fatalf("got tries after %v, want more", gaps)
+		}
+		for i, gap := range gaps[:patientProbes+1] {
+			want := firstProbe
+			if i == patientProbes {
+				want = 2 * firstProbe
+			}
+			if gap < want*8/10 || gap > want*12/10 {
+				t.Errorf("try %d came after %v, want about %v", i+1, gap, want)
+			}
+		}
+	}
+	// refusing notes when it was asked.
+	refusing := func(gaps *[]time.Duration) play {
+		last := time.Now()
+		return func(context.Context, *query) (*dns.Msg, error) {
+			*gaps = append(*gaps, time.Since(last))
+			last = time.Now()
+			return nil, fault(KindConnect, "as written")
+		}
+	}
+	t.Run("probed", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			g, scripts := scripted(t, Config{}, "a | b")
+			defer g.Close()
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error)
+			go func() { done <- g.Run(ctx) }()
+			synctest.Wait()
+			var gaps []time.Duration
+			scripts["a"].set(refusing(&gaps))
+			for range openAfter {
+				g.Exchange(t.Context(), question("name.test."))
+			}
+			time.Sleep(30 * time.Second)
+			cancel()
+			<-done
+			check(t, gaps[openAfter:])
+		})
+	})
+	t.Run("asked", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			g, scripts := scripted(t, Config{}, "a | b")
+			defer g.Close()
+			var gaps []time.Duration
+			scripts["a"].set(refusing(&gaps))
+			for range openAfter {
+				g.Exchange(t.Context(), question("name.test."))
+			}
+			for range 3000 {
+				time.Sleep(10 * time.Millisecond)
+				g.Exchange(t.Context(), question("name.test."))
+			}
+			check(t, gaps[openAfter:])
+		})
+	})
+	t.Run("name stays broken", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			g, scripts := scripted(t, Config{}, "a | b")
+			defer g.Close()
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error)
+			go func() { done <- g.Run(ctx) }()
+			synctest.Wait()
+			rootProbes := 0
+			scripts["a"].set(func(ctx context.Context, q *query) (*dns.Msg, error) {
+				if q.asked.Name == "." {
+					rootProbes++
+					return says("a", 0, 0)(ctx, q)
+				}
+				return says("", dns.RcodeServerFailure, 0)(ctx, q)
+			})
+			for i := range openAfterServFail {
+				g.Exchange(t.Context(), question(fmt.Sprintf("n%d.test.", i)))
+			}
+			for range 60 {
+				if time.Sleep(time.Second); g.Status()[0].State == StateOK {
+					break
+				}
+			}
+			cancel()
+			<-done
+			if rootProbes != patientProbes+1 {
+				t.Errorf("well after %d probes, want %d in vain and one more", rootProbes, patientProbes)
+			}
+		})
+	})
+}

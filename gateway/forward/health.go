@@ -54,7 +54,7 @@ type server struct {
 	lastErr     string
 	latency     float64 // decaying mean in nanoseconds
 	latencyTime time.Time
-	tries       int       // while failing
+	tries       int       // while failing: those that were, and the one that is due at retry
 	retry       time.Time // when a failing server is tried again
 }
 
@@ -143,7 +143,7 @@ func (s *server) openIf(now time.Time, open, byServFail bool) {
 		return
 	}
 	s.state, s.since, s.byServFail, s.tries = StateFailing, now, byServFail, 0
-	s.retry = now.Add(s.pauseLocked())
+	s.pauseLocked(now)
 	why := s.lastErr
 	s.mu.Unlock()
 	select {
@@ -153,14 +153,14 @@ func (s *server) openIf(now time.Time, open, byServFail bool) {
 	s.log.Warn("upstream failing", "err", why)
 }
 
-// pauseLocked returns the time until the next try of a failing server, a tenth more or less, and counts it.
-func (s *server) pauseLocked() time.Duration {
+// pauseLocked sets the time of the next try of a failing server, a tenth more or less, and counts that try.
+func (s *server) pauseLocked(now time.Time) {
 	d := firstProbe
-	if n := s.tries - patientProbes; n > 0 {
+	if n := s.tries - patientProbes + 1; n > 0 {
 		d = min(maxProbe, firstProbe<<min(n, 6))
 	}
 	s.tries++
-	return time.Duration(float64(d) * (0.9 + 0.2*rand.Float64()))
+	s.retry = now.Add(time.Duration(float64(d) * (0.9 + 0.2*rand.Float64())))
 }
 
 // sample puts d into the decaying mean; s.mu is held.
@@ -201,7 +201,7 @@ func (s *server) usable(now time.Time, probed bool) bool {
 	if probed || now.Before(s.retry) {
 		return false
 	}
-	s.retry = now.Add(s.pauseLocked())
+	s.pauseLocked(now)
 	return true
 }
 
@@ -227,15 +227,22 @@ func (s *server) watch(ctx context.Context, timeout time.Duration) {
 	for {
 		for s.failing() {
 			s.mu.Lock()
-			pause := s.pauseLocked()
+			retry := s.retry
 			s.mu.Unlock()
-			if !sleep(ctx, pause) {
+			if !sleep(ctx, time.Until(retry)) {
 				return
 			}
-			if s.failing() && s.probe(ctx, timeout) {
-				s.mu.Lock()
+			if !s.failing() {
+				break
+			}
+			well := s.probe(ctx, timeout)
+			s.mu.Lock()
+			if well {
 				s.fails = 0
 				s.recover(time.Now())
+			} else {
+				s.pauseLocked(time.Now())
+				s.mu.Unlock()
 			}
 		}
 		select {

@@ -48,7 +48,11 @@ func dohURL(s Server) *url.URL {
 	if s.Port != defaultPorts["https"] {
 		host += ":" + strconv.Itoa(int(s.Port))
 	}
-	return &url.URL{Scheme: "https", Host: host, Path: s.Path}
+	u := &url.URL{Scheme: "https", Host: host, Path: s.Path}
+	if path, err := url.PathUnescape(s.Path); err == nil {
+		u.Path, u.RawPath = path, s.Path // it goes out as it was written
+	}
+	return u
 }
 
 // newHTTPSClient returns a DoH client over HTTP/2, or HTTP/1.1 where the server has nothing better.

@@ -53,6 +53,7 @@ type pulse struct {
 	kill     func(err error) // closes the connection, nil for idle; called once, without mu
 	live     int             // queries in flight
 	served   bool            // it has brought an answer
+	proved   bool            // the pool has seen that
 	waiting  bool            // something was asked since the last answer
 	since    time.Time       // of waiting, and of the last answer
 	used     time.Time
@@ -175,9 +176,10 @@ type pool struct {
 	mu       sync.Mutex
 	links    []link
 	draining []link
-	dialing  *dialing // the newest dial under way, for which queries wait
-	dials    int      // how many are under way
-	failures int      // in a row
+	grown    chan struct{} // closed, and replaced, when a link is added
+	dialing  *dialing      // the newest dial under way, for which queries wait
+	dials    int           // how many are under way
+	failures int           // in a row; a link that brings its first answer ends the row
 	retry    time.Time
 	lastErr  error
 	closed   bool
@@ -191,7 +193,7 @@ type dialing struct {
 }
 
 func newPool(limit time.Duration, dial func(context.Context, func(func())) (link, error)) *pool {
-	p := &pool{dial: dial, limit: limit}
+	p := &pool{dial: dial, limit: limit, grown: make(chan struct{})}
 	p.life, p.end = context.WithCancel(context.Background())
 	return p
 }
@@ -221,7 +223,7 @@ func (p *pool) ask(ctx context.Context, q *query) (*dns.Msg, error) {
 // get returns a connection, and waits for one if none is open.
 func (p *pool) get(ctx context.Context) (link, error) {
 	for {
-		l, d, err := p.pick(time.Now())
+		l, d, grown, err := p.pick(time.Now())
 		if l != nil || err != nil {
 			return l, err
 		}
@@ -230,19 +232,20 @@ func (p *pool) get(ctx context.Context) (link, error) {
 			if d.err != nil {
 				return nil, d.err
 			}
+		case <-grown: // perhaps by another dial, beside one that hangs
 		case <-ctx.Done():
 			return nil, classify(KindConnect, "waiting for a connection", ctx.Err())
 		}
 	}
 }
 
-// pick returns the least busy connection, or the dial to wait for. It starts a dial when there is need of one and none
+// pick returns the least busy connection, or what to wait for: the dial, or that there is a new connection. It starts a dial when there is need of one and none
 // is under way.
-func (p *pool) pick(now time.Time) (link, *dialing, error) {
+func (p *pool) pick(now time.Time) (link, *dialing, <-chan struct{}, error) {
 	p.mu.Lock()
 	if p.closed {
 		p.mu.Unlock()
-		return nil, nil, errClosed
+		return nil, nil, nil, errClosed
 	}
 	best, load, doomed := p.sweep(now)
 	var err error
@@ -256,15 +259,15 @@ func (p *pool) pick(now time.Time) (link, *dialing, error) {
 			err = &Error{Kind: KindBackoff, Err: fmt.Errorf("too soon to try again after: %w", p.lastErr), retry: p.retry}
 		}
 	}
-	d := p.dialing
+	d, grown := p.dialing, p.grown
 	p.mu.Unlock()
 	for _, l := range doomed { // not under the lock: closing may take a moment
 		l.vitals().die(errStalled)
 	}
 	if best != nil {
-		return best, nil, nil
+		return best, nil, nil, nil
 	}
-	return nil, d, err
+	return nil, d, grown, err
 }
 
 // sweep forgets dead connections and sets aside those that went silent. It returns the least busy one, its load, and
@@ -275,6 +278,10 @@ func (p *pool) sweep(now time.Time) (best link, load int, doomed []link) {
 		v := l.vitals()
 		v.mu.Lock()
 		dead, failed, cause := v.dead, v.dead && !v.served && v.cause != nil, v.cause
+		if v.served && !v.proved {
+			// Once for each link: a server that refuses only the second one is still not dialled all the time.
+			v.proved, p.failures = true, 0
+		}
 		if v.waiting && now.Sub(v.since) > stallAfter {
 			v.draining = true
 		}
@@ -340,6 +347,8 @@ func (p *pool) startDial(now time.Time) {
 			p.failed(time.Now(), err)
 		case !closed:
 			p.links = append(p.links, l)
+			close(p.grown)
+			p.grown = make(chan struct{})
 		}
 		if closed {
 			d.err = errClosed

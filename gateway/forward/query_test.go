@@ -57,6 +57,7 @@ func TestCheck(t *testing.T) {
 		modify func(*dns.Msg)
 		raw    func([]byte) []byte
 		want   string // of the error; "" means none
+		kind   string // of the error, when it is not mismatch
 	}{
 		{name: "good"},
 		{name: "letter case", modify: func(m *dns.Msg) { m.Question[0].Name = "nAME.TEST." }},
@@ -71,14 +72,18 @@ func TestCheck(t *testing.T) {
 		{name: "two questions", modify: func(m *dns.Msg) { m.Question = append(m.Question, m.Question[0]) }, want: "wrong question"},
 		{name: "short", raw: func(b []byte) []byte { return b[:11] }, want: "shorter"},
 		{name: "header only", raw: func(b []byte) []byte { return b[:12] }, want: "wrong question"},
-		{name: "cut", raw: func(b []byte) []byte { return b[:len(b)-1] }, want: "malformed"},
-		{name: "records missing", raw: func(b []byte) []byte { b[7] = 5; return b }, want: "fewer records"},
+		{name: "cut", raw: func(b []byte) []byte { return b[:len(b)-1] }, want: "malformed", kind: KindMalformed},
+		{name: "records missing", raw: func(b []byte) []byte { b[7] = 5; return b }, want: "fewer records",
+			kind: KindMalformed},
 	}
 	for _, tt := range tests {
 		m := good()
 		m.Id = 77
 		if tt.modify != nil {
 			tt.modify(m)
+		}
+		if tt.kind == "" {
+			tt.kind = KindMismatch
 		}
 		raw := must(m.Pack())
 		if tt.raw != nil {
@@ -90,8 +95,8 @@ func TestCheck(t *testing.T) {
 			t.Errorf("%s: %v", tt.name, err)
 		case tt.want == "" && (got.Id != req.Id || got.Question[0] != req.Question[0] || len(got.Answer) != 1):
 			t.Errorf("%s: got\n%s", tt.name, got)
-		case tt.want != "" && (kindOf(err) != KindMismatch || !strings.Contains(err.Error(), tt.want)):
-			t.Errorf("%s: got %v, want a mismatch with %q", tt.name, err, tt.want)
+		case tt.want != "" && (kindOf(err) != tt.kind || !strings.Contains(err.Error(), tt.want)):
+			t.Errorf("%s: got %v, want kind %s with %q", tt.name, err, tt.kind, tt.want)
 		}
 		if tt.raw != nil {
 			continue

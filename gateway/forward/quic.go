@@ -22,7 +22,7 @@ const (
 )
 
 // quicDialer returns what opens a QUIC connection to one address. There is no 0-RTT: it can be replayed, and would tell
-// who repeats it what was asked (RFC 9250, section 7.5).
+// who repeats it what was asked (RFC 9250, section 7.1).
 func quicDialer(cfg *tls.Config, timeout time.Duration) func(context.Context, netip.AddrPort) (*quic.Conn, error) {
 	conf := &quic.Config{
 		HandshakeIdleTimeout: timeout,

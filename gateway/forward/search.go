@@ -78,19 +78,26 @@ func (s *search) run(ctx context.Context) (*dns.Msg, error) {
 				return s.finish(ctx, resp)
 			}
 			switch more := len(s.attempts) < len(s.plan); {
-			case more && s.fresh() == 0:
+			case more && (s.fresh() == 0 || s.settled()):
 				timer.Reset(s.next(ctx))
-			case !more && s.running == 0:
+			case more:
+			case s.running == 0:
 				if !s.again(ctx) {
 					return s.finish(ctx, nil)
 				}
 				timer.Reset(s.next(ctx))
+			case s.fresh() == 0 && s.settled():
+				return s.finish(ctx, nil)
 			}
 		case <-timer.C:
 			for i := range s.attempts {
 				s.attempts[i].overdue = true
 			}
-			// Who is still silent may yet have the answer: a SERVFAIL at hand does not end the search before its time.
+			// A healthy server that is still silent may yet have the answer: a SERVFAIL at hand does not end the search
+			// before its time.
+			if s.settled() {
+				return s.finish(ctx, nil)
+			}
 			if len(s.attempts) < len(s.plan) && s.g.nextOn.Timeout {
 				timer.Reset(s.next(ctx))
 			}
@@ -121,12 +128,21 @@ func (s *search) again(ctx context.Context) bool {
 	return true
 }
 
-// next starts the next attempt, or all of its tier when the pick is race, and returns how long to wait for it alone.
+// settled reports whether a response is at hand and only failing servers could still bring a better one. They get one
+// share of the time for that, all at once, and then the response is what the client gets: or a SERVFAIL would take the
+// whole deadline for as long as any server is down.
+func (s *search) settled() bool {
+	return s.best != nil && len(s.attempts) >= s.healthy &&
+		!slices.ContainsFunc(s.attempts[:s.healthy], func(a attempt) bool { return !a.done })
+}
+
+// next starts the next attempt, or all of its tier when the pick is race, or all that are left when the search is
+// settled, and returns how long to wait for it alone.
 func (s *search) next(ctx context.Context) time.Duration {
 	first := len(s.attempts)
 	s.start(ctx)
-	for s.g.pick == PickRace && len(s.attempts) < len(s.plan) && len(s.attempts) != s.healthy &&
-		s.plan[len(s.attempts)].tier == s.plan[first].tier {
+	for len(s.attempts) < len(s.plan) && (s.settled() || s.g.pick == PickRace && len(s.attempts) != s.healthy &&
+		s.plan[len(s.attempts)].tier == s.plan[first].tier) {
 		s.start(ctx)
 	}
 	// What is left of the time is shared by those who have not had their turn. All failing servers together are one.

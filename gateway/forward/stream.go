@@ -309,7 +309,11 @@ func (l *streamLink) heed(resp *dns.Msg) {
 		case ka.Timeout == 0:
 			l.draining = true // no more queries, and close when all are answered
 		default:
+			was := l.idle
 			l.idle = min(idleAfter, time.Duration(ka.Timeout)*100*time.Millisecond)
+			if l.idle < was && !l.dead {
+				l.timer.Reset(l.idle) // tick finds out what is left of it, and when it has fired just now, too
+			}
 		}
 	}
 }

@@ -52,11 +52,11 @@ func verifyPins(cs tls.ConnectionState, pins [][32]byte, tbsHashes [][]byte) err
 	if len(cs.PeerCertificates) == 0 {
 		return &pinError{seen: "none"}
 	}
-	return &pinError{seen: Pin(cs.PeerCertificates[0])}
+	return &pinError{seen: pinOf(cs.PeerCertificates[0])}
 }
 
-// Pin returns the pin of cert as the file spells it: "sha256/" and the base64 of its SubjectPublicKeyInfo's SHA-256.
-func Pin(cert *x509.Certificate) string {
+// pinOf returns the pin of cert as the file spells it: "sha256/" and the base64 of its SubjectPublicKeyInfo's SHA-256.
+func pinOf(cert *x509.Certificate) string {
 	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
 	return "sha256/" + base64.StdEncoding.EncodeToString(sum[:])
 }
@@ -100,7 +100,7 @@ func explainTLS(err error) error {
 	default:
 		text = verify.Err.Error()
 	}
-	return &certError{text: text + "; its pin is " + Pin(leaf), err: err}
+	return &certError{text: text + "; its pin is " + pinOf(leaf), err: err}
 }
 
 // certError is a readable text for err.

@@ -51,7 +51,7 @@ func TestCertificates(t *testing.T) {
 				if got := kindOf(err); got != KindTLS {
 					t.Fatalf("got %v, want kind tls", err)
 				}
-				for _, want := range append(tt.want, Pin(tt.cert.Leaf)) {
+				for _, want := range append(tt.want, pinOf(tt.cert.Leaf)) {
 					if !strings.Contains(err.Error(), want) {
 						t.Errorf("got %q, want it to say %q", err, want)
 					}
