@@ -127,6 +127,9 @@ func TestCurl(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(s.dir, "query.bin"), packed, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.WriteFile(filepath.Join(s.dir, "large.bin"), make([]byte, 70_000), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	get := "?dns=" + base64.RawURLEncoding.EncodeToString(packed)
 	const (
 		curl = "curl -sS --max-time 10 --cacert CA -i --output - "
@@ -146,7 +149,8 @@ func TestCurl(t *testing.T) {
 		{name: "other path", line: curl + "https://localhost:DOHPORT/other", want: []string{`^HTTP/2 404`}},
 		{name: "other method", line: curl + "-X PUT" + at, want: []string{`^HTTP/2 405`, `(?i)^allow: .*GET.*POST`}},
 		{name: "other media type", line: curl + "-H content-type:text/plain --data-binary @DIR/query.bin" + at, want: []string{`^HTTP/2 415`}},
-		{name: "too large", line: curl + "-H content-type:application/dns-message --data-binary @" + program + at, want: []string{`^HTTP/2 413`}},
+		// Over HTTP/2 curl 7.88 may give the response up when the rest of its request is no longer wanted.
+		{name: "too large", line: curl + "--http1.1 -H content-type:application/dns-message --data-binary @DIR/large.bin" + at, want: []string{`^HTTP/1.1 413`}},
 		{name: "json", line: curl + "-H accept:application/dns-json" + at + "?name=b.lab.test&type=AAAA", want: []string{
 			`(?i)^content-type: application/dns-json`, `"Status":\s*0`, `"data":\s*"2001:db8::10"`, `"type":\s*28`}},
 		{name: "json nxdomain", line: curl + "-H accept:application/dns-json" + at + "?name=nxdomain.lab.test", want: []string{`"Status":\s*3`, `(?i)^cache-control: max-age=`}},
