@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -47,10 +46,8 @@ const (
 	connWindow   = 1 << 20
 	// maxUniStreams is room for HTTP/3's control and QPACK streams (RFC 9114, section 6.2) and some that mean nothing.
 	maxUniStreams = 8
-	// h3Silence is how long an HTTP/3 connection may be silent; it is never less than the idle time.
-	h3Silence = 30 * time.Second
-	// maxUnverified is the number of HTTP/3 connections from which on new ones have to prove their address.
-	maxUnverified = 500
+	// quicSilence is how long a QUIC connection may be silent; it is never less than the idle time.
+	quicSilence = 30 * time.Second
 	// altSvcAge is how long in seconds a client may remember that there is HTTP/3 here; a day, as RFC 7838, section
 	// 3.1 has for its default.
 	altSvcAge = 86400
@@ -68,7 +65,7 @@ type HTTPS struct {
 	// The HTTP/3 side, nil without h3.
 	udp    *net.UDPConn
 	tr     *quic.Transport
-	quicLn *h3Listener
+	quicLn *quicListener
 	h3     *http3.Server
 	life
 }
@@ -196,7 +193,10 @@ func (s *HTTPS) newServer(versions map[string]bool) *http.Server {
 
 // newHTTP3 sets up the HTTP/3 server on s.udp.
 func (s *HTTPS) newHTTP3() {
-	s.quicLn = &h3Listener{limit: s.limit, log: s.cfg.Logger, addr: s.udp.LocalAddr(), stop: s.stop}
+	s.quicLn = &quicListener{
+		limit: s.limit, excessive: quic.ApplicationErrorCode(http3.ErrCodeExcessiveLoad),
+		log: s.cfg.Logger, addr: s.udp.LocalAddr(), stop: s.stop,
+	}
 	s.h3 = &http3.Server{
 		Handler:        s.doh,
 		MaxHeaderBytes: maxHeader,
@@ -263,7 +263,7 @@ func (s *HTTPS) serveHTTP3() error {
 	defer s.udp.Close()
 	defer s.tr.Close()
 	ln, err := s.tr.Listen(http3.ConfigureTLSConfig(serverTLS(s.cfg.TLS)), &quic.Config{
-		MaxIdleTimeout:             max(s.cfg.Idle, h3Silence),
+		MaxIdleTimeout:             max(s.cfg.Idle, quicSilence),
 		MaxIncomingStreams:         maxStreams,
 		MaxIncomingUniStreams:      maxUniStreams,
 		InitialStreamReceiveWindow: streamWindow,
@@ -330,69 +330,3 @@ func (s *HTTPS) closeTCP() {
 		_ = s.srv.Close()
 	}
 }
-
-// h3Listener hands connections to the HTTP/3 server: those within the limits.
-//
-// It takes no 0-RTT, and Accept returns a connection when its handshake is complete and its address therefore proven,
-// so that nobody can use up another's connections.
-type h3Listener struct {
-	limit *connLimit
-	log   *slog.Logger
-	addr  net.Addr
-	ln    *quic.Listener
-	stop  <-chan struct{} // closed by Shutdown
-	open  atomic.Int64    // connections, those in their handshake too
-}
-
-// verify says whether a client has to show that it has its address before anything is kept for it (RFC 9000, section
-// 8.1.2). That costs a round trip, so it is asked for only when there are many connections.
-func (l *h3Listener) verify(net.Addr) bool {
-	return l.open.Load() >= int64(min(l.limit.limits.Total/4, maxUnverified))
-}
-
-// admit counts connections from their first packet on.
-func (l *h3Listener) admit(ctx context.Context, _ *quic.ClientInfo) (context.Context, error) {
-	if l.open.Add(1) > int64(l.limit.limits.Total) {
-		l.open.Add(-1)
-		return nil, errors.New("too many connections")
-	}
-	context.AfterFunc(ctx, func() { l.open.Add(-1) })
-	return ctx, nil
-}
-
-// Accept implements http3.QUICListener.
-func (l *h3Listener) Accept(ctx context.Context) (*quic.Conn, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	go func() {
-		select {
-		case <-l.stop:
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
-	for {
-		conn, err := l.ln.Accept(ctx)
-		if err != nil {
-			select {
-			case <-l.stop:
-				return nil, quic.ErrServerClosed
-			default:
-				return nil, err
-			}
-		}
-		client := addrPort(conn.RemoteAddr()).Addr()
-		if l.limit.acquire(client) {
-			context.AfterFunc(conn.Context(), func() { l.limit.release(client) })
-			return conn, nil
-		}
-		l.log.Debug("connection over the limit", "client", client)
-		_ = conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeExcessiveLoad), "")
-	}
-}
-
-// Addr implements http3.QUICListener.
-func (l *h3Listener) Addr() net.Addr { return l.addr }
-
-// Close implements http3.QUICListener.
-func (l *h3Listener) Close() error { return l.ln.Close() }

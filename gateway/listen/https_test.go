@@ -558,9 +558,9 @@ func TestReadable(t *testing.T) {
 	}
 }
 
-func TestH3Admission(t *testing.T) {
+func TestQUICAdmission(t *testing.T) {
 	limits := Limits{Total: 8}.withDefaults()
-	l := &h3Listener{limit: newConnLimit(limits)}
+	l := &quicListener{limit: newConnLimit(limits)}
 	ctx, cancel := context.WithCancel(t.Context())
 	for i := range 8 {
 		if got, want := l.verify(nil), i >= 2; got != want {

@@ -1,12 +1,16 @@
 package listen
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"github.com/quic-go/quic-go"
 )
 
 // connLimit counts connections, all and by client prefix. Its memory is bounded by the number of connections.
@@ -135,3 +139,75 @@ func (c *limitedConn) CloseWrite() error {
 	}
 	return nil
 }
+
+// maxUnverified is the number of QUIC connections of a listener from which on new ones have to prove their address.
+const maxUnverified = 500
+
+// quicListener is to QUIC what acceptor is to TCP: it hands connections within the limits to HTTP/3 or DoQ.
+//
+// It takes no 0-RTT, and Accept returns a connection when its handshake is complete and its address therefore proven,
+// so that nobody can use up another's connections.
+type quicListener struct {
+	limit     *connLimit
+	excessive quic.ApplicationErrorCode // what a connection over the limit is closed with
+	log       *slog.Logger
+	addr      net.Addr
+	ln        *quic.Listener  // set by Serve
+	stop      <-chan struct{} // closed by Shutdown
+	open      atomic.Int64    // connections, those in their handshake too
+}
+
+// verify says whether a client has to show that it has its address before anything is kept for it (RFC 9000, section
+// 8.1.2). That costs a round trip, so it is asked for only when there are many connections.
+func (l *quicListener) verify(net.Addr) bool {
+	return l.open.Load() >= int64(min(l.limit.limits.Total/4, maxUnverified))
+}
+
+// admit counts connections from their first packet on.
+func (l *quicListener) admit(ctx context.Context, _ *quic.ClientInfo) (context.Context, error) {
+	if l.open.Add(1) > int64(l.limit.limits.Total) {
+		l.open.Add(-1)
+		return nil, errors.New("too many connections")
+	}
+	context.AfterFunc(ctx, func() { l.open.Add(-1) })
+	return ctx, nil
+}
+
+// Accept implements http3.QUICListener.
+func (l *quicListener) Accept(ctx context.Context) (*quic.Conn, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	var watch sync.WaitGroup
+	watch.Go(func() {
+		select {
+		case <-l.stop:
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	defer watch.Wait()
+	defer cancel()
+	for {
+		conn, err := l.ln.Accept(ctx)
+		if err != nil {
+			select {
+			case <-l.stop:
+				return nil, quic.ErrServerClosed
+			default:
+				return nil, err
+			}
+		}
+		client := addrPort(conn.RemoteAddr()).Addr()
+		if l.limit.acquire(client) {
+			context.AfterFunc(conn.Context(), func() { l.limit.release(client) })
+			return conn, nil
+		}
+		l.log.Debug("connection over the limit", "client", client)
+		_ = conn.CloseWithError(l.excessive, "")
+	}
+}
+
+// Addr implements http3.QUICListener.
+func (l *quicListener) Addr() net.Addr { return l.addr }
+
+// Close implements http3.QUICListener.
+func (l *quicListener) Close() error { return l.ln.Close() }

@@ -6,7 +6,8 @@
 // miss Resolve. Padding, truncation and EDNS options are the Handler's work, so that policy exists once.
 //
 // What surprises a newcomer: ServeWire runs on the goroutine that read the query, because it never waits; only misses
-// get a goroutine of their own. And constructors bind but serve nothing, with one exception that [ListenQUIC] explains.
+// get a goroutine of their own. ([HTTPS] and [QUIC] have one per request anyway.) And constructors bind but start nothing:
+// clients wait in the kernel until Serve.
 package listen
 
 import (

@@ -2,8 +2,8 @@ package listen
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -126,7 +126,7 @@ func TestQUICWildcard(t *testing.T) {
 	}
 }
 
-// TestQUICReachesHandler asks what the framework would answer by itself.
+// TestQUICReachesHandler asks what needs the Handler's judgement, as on every other transport.
 func TestQUICReachesHandler(t *testing.T) {
 	h := newFake()
 	s := listenQUIC(t, QUICConfig{Common: common(h)})
@@ -135,6 +135,7 @@ func TestQUICReachesHandler(t *testing.T) {
 		m := new(dns.Msg).SetQuestion("miss.test.", dns.TypeA)
 		m.Id = 0
 		edit(m)
+		m.Id = 0
 		b, err := m.Pack()
 		if err != nil {
 			t.Fatal(err)
@@ -152,6 +153,9 @@ func TestQUICReachesHandler(t *testing.T) {
 		{"no question", msg(func(m *dns.Msg) { m.Question = nil; m.SetEdns0(1232, false) }), dns.RcodeFormatError},
 		{"two questions", msg(func(m *dns.Msg) { m.Question = append(m.Question, m.Question[0]) }), dns.RcodeFormatError},
 		{"UPDATE", msg(func(m *dns.Msg) { m.Opcode = dns.OpcodeUpdate }), dns.RcodeNotImplemented},
+		{"nothing but a header", framed(make([]byte, 12)), dns.RcodeFormatError},
+		{"nothing but a header, UPDATE", framed([]byte{0, 0, 0x28, 0, 0, 0, 0, 0, 0, 0, 0, 0}), dns.RcodeNotImplemented},
+		{"octets behind the last record", framed(append(msg(func(*dns.Msg) {})[2:], 0, 0)), dns.RcodeFormatError},
 		{"EDNS version", msg(func(m *dns.Msg) { m.SetEdns0(1232, false); m.IsEdns0().SetVersion(1) }), dns.RcodeBadVers},
 	}
 	for i, tt := range tests {
@@ -179,13 +183,9 @@ func TestQUICBytes(t *testing.T) {
 	}
 	want := append([]byte(nil), b...)
 	want[2] |= 0x80
-	for name, frame := range map[string]func([]byte) []byte{
-		"RFC 9250": func(b []byte) []byte { return framed(b) }, "draft": func(b []byte) []byte { return b },
-	} {
-		got, err := io.ReadAll(ask(t, conn, frame(b)))
-		if err != nil || string(got) != string(frame(want)) {
-			t.Errorf("%s: got %d octets, %v, want the %d that were sent", name, len(got), err, len(frame(want)))
-		}
+	got, err := io.ReadAll(ask(t, conn, framed(b)))
+	if err != nil || string(got) != string(framed(want)) {
+		t.Errorf("got %d octets, %v, want the %d that were sent", len(got), err, len(framed(want)))
 	}
 }
 
@@ -204,8 +204,8 @@ func TestQUICNoAnswer(t *testing.T) {
 	}
 	response := query(t, "hit", 0)
 	response[2] |= 0x80
-	if b, err := io.ReadAll(ask(t, conn, framed(response))); len(b) != 0 || err != nil {
-		t.Errorf("a response got %d octets, %v", len(b), err)
+	if got := reset(t, ask(t, conn, framed(response))); got != doqUnspecified {
+		t.Errorf("a response: reset with %d, want %d", got, doqUnspecified)
 	}
 	answerOf(t, ask(t, conn, framed(query(t, "hit", 0)))) // the connection is as good as before
 	// Garbage ends the connection; others go on, and nothing of it is logged.
@@ -244,14 +244,9 @@ func TestQUICLimits(t *testing.T) {
 	close(h.gate)
 	answerOf(t, slow)
 
-	second := dialQUIC(t, s.Addr().String())
-	_, err := io.ReadAll(ask(t, second, framed(query(t, "hit", 0))))
-	var closed *quic.ApplicationError
-	if !errors.As(err, &closed) || closed.ErrorCode != doqExcessiveLoad {
-		t.Errorf("a connection over the limit: %v", err)
-	}
+	wantClosed(t, dialQUIC(t, s.Addr().String()), doqExcessiveLoad)
 	_ = conn.CloseWithError(0, "")
-	for s.limit.count() != 0 {
+	for s.Connections() != 0 {
 		<-time.After(time.Millisecond)
 	}
 	answerOf(t, ask(t, dialQUIC(t, s.Addr().String()), framed(query(t, "hit", 0))))
@@ -264,12 +259,113 @@ func TestQUICWaitsForServe(t *testing.T) {
 		t.Fatal(err)
 	}
 	begin := serveLater(t, s)
-	stream := ask(t, dialQUIC(t, s.Addr().String()), framed(query(t, "hit", 0)))
-	if n := len(h.queries()); n != 0 {
-		t.Errorf("%d queries were answered before Serve", n)
+	dialled := make(chan *quic.Conn, 1)
+	go func() {
+		conn, err := quic.DialAddr(within(t), s.Addr().String(), clientConfig("doq"), nil)
+		if err != nil {
+			t.Error(err)
+		}
+		dialled <- conn
+	}()
+	select {
+	case <-dialled:
+		t.Error("a handshake went on before Serve")
+	case <-time.After(20 * time.Millisecond):
 	}
 	begin()
-	answerOf(t, stream)
+	answerOf(t, ask(t, receive(t, dialled), framed(query(t, "hit", 0))))
+}
+
+// wantClosed waits for the server to close conn, with code.
+func wantClosed(t testing.TB, conn *quic.Conn, code quic.ApplicationErrorCode) {
+	t.Helper()
+	receive(t, conn.Context().Done())
+	var closed *quic.ApplicationError
+	if err := context.Cause(conn.Context()); !errors.As(err, &closed) || !closed.Remote || closed.ErrorCode != code {
+		t.Errorf("got %v, want the connection closed with %d", err, code)
+	}
+}
+
+// TestQUICProtocolErrors breaks the rules of RFC 9250, each on a connection of its own: the connection ends, and others
+// go on.
+func TestQUICProtocolErrors(t *testing.T) {
+	h := newFake()
+	s := listenQUIC(t, QUICConfig{Common: common(h)})
+	good := dialQUIC(t, s.Addr().String())
+	hit := query(t, "hit", 0)
+	keepalive := new(dns.Msg).SetQuestion("hit.test.", dns.TypeA)
+	keepalive.Id = 0
+	keepalive.SetEdns0(1232, false)
+	keepalive.IsEdns0().Option = []dns.EDNS0{&dns.EDNS0_TCP_KEEPALIVE{Code: dns.EDNS0TCPKEEPALIVE}}
+	packed, err := keepalive.Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, sent := range map[string][]byte{
+		"a message ID":             framed(query(t, "hit", 77)),
+		"a second message":         append(framed(hit), framed(hit)...),
+		"an octet behind":          append(framed(hit), 0),
+		"an octet too few":         framed(hit)[:len(hit)+1],
+		"half of a prefix":         {0},
+		"nothing":                  {},
+		"edns-tcp-keepalive":       framed(packed),
+		"a prefix without a query": {0xff, 0xff},
+	} {
+		t.Run(name, func(t *testing.T) {
+			conn := dialQUIC(t, s.Addr().String())
+			ask(t, conn, sent)
+			wantClosed(t, conn, doqProtocolError)
+		})
+	}
+	if n := len(h.queries()); n != 0 {
+		t.Errorf("%d of them have reached the handler", n)
+	}
+	answerOf(t, ask(t, good, framed(hit)))
+}
+
+// TestQUICIdle keeps a connection alive that asks nothing: it is closed all the same, and one that waits for its answer
+// is not.
+func TestQUICIdle(t *testing.T) {
+	h := newFake()
+	s := listenQUIC(t, QUICConfig{Common: common(h), Idle: 50 * time.Millisecond})
+	waiting := dialQUIC(t, s.Addr().String())
+	slow := ask(t, waiting, framed(query(t, "slow", 0)))
+	receive(t, h.waiting)
+	idle, err := quic.DialAddr(within(t), s.Addr().String(), clientConfig("doq"), &quic.Config{KeepAlivePeriod: 10 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantClosed(t, idle, doqNoError)
+	close(h.gate)
+	answerOf(t, slow)
+}
+
+func TestQUICTotal(t *testing.T) {
+	s := listenQUIC(t, QUICConfig{Common: common(newFake()), Total: 2})
+	for range 2 {
+		answerOf(t, ask(t, dialQUIC(t, s.Addr().String()), framed(query(t, "hit", 0))))
+	}
+	if _, err := quic.DialAddr(within(t), s.Addr().String(), clientConfig("doq"), nil); err == nil {
+		t.Error("a third connection was let in")
+	}
+}
+
+// TestQUICNo0RTT resumes a session: the client may send nothing before the handshake is over.
+func TestQUICNo0RTT(t *testing.T) {
+	s := listenQUIC(t, QUICConfig{Common: common(newFake())})
+	cfg := clientConfig("doq")
+	cfg.ClientSessionCache = tls.NewLRUClientSessionCache(1)
+	for i := range 2 {
+		conn, err := quic.DialAddrEarly(within(t), s.Addr().String(), cfg, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		answerOf(t, ask(t, conn, framed(query(t, "hit", 0))))
+		if state := conn.ConnectionState(); state.Used0RTT || i == 1 && !state.TLS.DidResume {
+			t.Errorf("connection %d: 0-RTT %v, resumed %v", i, state.Used0RTT, state.TLS.DidResume)
+		}
+		_ = conn.CloseWithError(0, "")
+	}
 }
 
 func TestQUICDrain(t *testing.T) {
@@ -304,14 +400,13 @@ func TestQUICShutdownLosesPatience(t *testing.T) {
 	receive(t, s.done)
 }
 
-func TestStartError(t *testing.T) {
-	addr := netip.MustParseAddrPort("127.0.0.1:853")
+func TestQUICTakenPort(t *testing.T) {
+	taken := listenQUIC(t, QUICConfig{Common: common(newFake())})
+	cfg := QUICConfig{Common: common(newFake()), TLS: serverConfig()}
+	cfg.Addr = addrPort(taken.Addr())
+	_, err := ListenQUIC(t.Context(), cfg)
 	var bind *BindError
-	if err := startError(addr, errors.New("other")); errors.As(err, &bind) {
-		t.Errorf("got %v", err)
-	}
-	err := startError(addr, fmt.Errorf("wrapped: %w", &net.OpError{Op: "listen", Net: "udp", Err: errors.New("taken")}))
-	if !errors.As(err, &bind) || !strings.Contains(err.Error(), "binding udp 127.0.0.1:853: ") || !strings.Contains(err.Error(), "taken") {
-		t.Errorf("got %v", err)
+	if !errors.As(err, &bind) || bind.Network != "udp" {
+		t.Errorf("got %v, want a *BindError", err)
 	}
 }

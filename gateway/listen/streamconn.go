@@ -24,6 +24,11 @@ const (
 	flushSize = 16 << 10
 	// maxPending is how much may wait for a writer before the connection is no longer read.
 	maxPending = 64 << 10
+	// maxUnsent is how much may wait for a writer at all: misses that are in flight already append their answers
+	// although the connection is no longer read, 100 of 64 KiB each in the worst case. Hits alone stay below 144 KiB,
+	// which is maxPending, flushSize and one answer of 64 KiB; what is left holds a pipeline of ordinary answers. A
+	// client that has more waiting, behind kernel buffers that are full, does not read.
+	maxUnsent = 4 * maxPending
 )
 
 // streamConn is one TCP or DoT connection.
@@ -120,13 +125,16 @@ func (c *streamConn) read() {
 	}
 }
 
-// makeRoom lets the buffer hold the message that begins in it, and gives a large one back when it is empty.
+// makeRoom lets there be room to read behind what is there, which is no whole message, and gives a large buffer back when
+// it is empty. The buffer doubles as octets arrive, and is not made as long as a length prefix promises: two octets of a
+// client that sends no more must not cost us 64 KiB.
 func (c *streamConn) makeRoom(have int) {
 	switch {
-	case have >= prefixLen:
-		if need := prefixLen + int(binary.BigEndian.Uint16(c.buf)); need > len(c.buf) {
-			c.buf = append(make([]byte, 0, need), c.buf[:have]...)[:need]
-		}
+	case have == len(c.buf):
+		need := prefixLen + int(binary.BigEndian.Uint16(c.buf)) // more than have, or it would be a whole message
+		grown := make([]byte, min(need, 2*len(c.buf)))
+		copy(grown, c.buf)
+		c.buf = grown
 	case have == 0 && len(c.buf) > readSize:
 		c.buf = make([]byte, readSize)
 	}
@@ -242,6 +250,14 @@ func (c *streamConn) write(b []byte) {
 		return
 	}
 	if c.writing {
+		if len(c.pending)+len(b) > maxUnsent {
+			c.s.cfg.Logger.Debug("closing the connection of a client that does not read", "client", c.client)
+			c.broken = true
+			c.pending = nil
+			_ = c.raw.Close() // which ends the write that goes on
+			c.changed.Broadcast()
+			return
+		}
 		c.pending = append(c.pending, b...)
 		return
 	}

@@ -33,7 +33,7 @@
 //	cache             wire                                        miekg/dns, dnsproxy
 //	route             none                                        miekg/dns, dnsproxy
 //	local             wire
-//	forward           none                                        only it and listen import dnsproxy
+//	forward           none                                        only it imports dnsproxy
 //	dnssec            none                                        forward
 //	pipeline          wire access cache route local dnssec        forward, listen, admin, config, observe
 //	listen            wire                                        pipeline
