@@ -619,6 +619,60 @@ func TestStreamNobodyReads(t *testing.T) {
 	})
 }
 
+// bulky answers every query after the gate has opened, with as much as a message holds.
+type bulky struct{ gate chan struct{} }
+
+func (*bulky) ServeWire(dst []byte, _ *wire.Query) ([]byte, wire.Verdict) { return dst, wire.Miss }
+func (b *bulky) Resolve(_ context.Context, dst []byte, _ *wire.Query) ([]byte, error) {
+	<-b.gate
+	return append(dst, make([]byte, wire.MaxMessage)...), nil
+}
+
+// TestStreamNobodyReadsMuch has 100 large answers ready at once for a client that does not read: they do not pile up
+// until the write has waited for long enough, the connection is closed at once.
+func TestStreamNobodyReadsMuch(t *testing.T) {
+	// The gate is made in the bubble: whoever waits for a channel from outside keeps synctest.Wait waiting.
+	h := &bulky{}
+	inTime(t, timed(h), func(t *testing.T, p *pipes, s *Stream) {
+		h.gate = make(chan struct{})
+		c := p.dial()
+		var queries [][]byte
+		for i := range defaultPipeline {
+			queries = append(queries, query(t, "miss", uint16(i)))
+		}
+		if _, err := c.Write(framed(queries...)); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		begin := time.Now()
+		close(h.gate)
+		synctest.Wait()
+		for s.ln.limit.count() > 0 {
+			time.Sleep(100 * time.Millisecond)
+		}
+		near(t, time.Since(begin), 0)
+		_ = c.Close()
+	})
+}
+
+// TestStreamPrefixAlone promises 64 KiB and sends nothing: no buffer is made for it.
+func TestStreamPrefixAlone(t *testing.T) {
+	c := &streamConn{buf: make([]byte, readSize)}
+	c.buf[0], c.buf[1] = 0xff, 0xff
+	if c.makeRoom(prefixLen); len(c.buf) != readSize {
+		t.Errorf("after a prefix: got a buffer of %d octets, want %d", len(c.buf), readSize)
+	}
+	for len(c.buf) < prefixLen+wire.MaxMessage {
+		before := len(c.buf)
+		if c.makeRoom(before); len(c.buf) <= before || len(c.buf) > 2*before {
+			t.Fatalf("a full buffer of %d octets became one of %d", before, len(c.buf))
+		}
+	}
+	if len(c.buf) != prefixLen+wire.MaxMessage {
+		t.Errorf("got a buffer of %d octets, want room for the message alone", len(c.buf))
+	}
+}
+
 // failing fails as a listener does when descriptors run out, and goes on when they are back.
 type failing struct {
 	*pipes
