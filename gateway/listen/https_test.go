@@ -487,7 +487,7 @@ func TestDoHLimits(t *testing.T) {
 		} else {
 			first.CloseIdleConnections()
 		}
-		for s.ln.limit.count() != 0 {
+		for s.ln.limit.open() != 0 {
 			<-time.After(time.Millisecond)
 		}
 	}

@@ -272,17 +272,11 @@ func TestStreamPerClientLimit(t *testing.T) {
 			t.Error("a connection over the limit got an answer")
 		}
 		_ = first.raw.Close()
-		for s.ln.limit.count() != 1 {
+		for s.ln.limit.open() != 1 {
 			<-time.After(time.Millisecond)
 		}
 		open()
 	})
-}
-
-func (l *connLimit) count() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.total
 }
 
 func TestConnLimit(t *testing.T) {
@@ -611,7 +605,7 @@ func TestStreamNobodyReads(t *testing.T) {
 		if _, err := c.Write(framed(query(t, "hit", 1), query(t, "miss", 2))); err != nil {
 			t.Fatal(err)
 		}
-		for s.ln.limit.count() > 0 {
+		for s.ln.limit.open() > 0 {
 			time.Sleep(100 * time.Millisecond)
 		}
 		near(t, time.Since(begin), writeTimeout)
@@ -647,7 +641,7 @@ func TestStreamNobodyReadsMuch(t *testing.T) {
 		begin := time.Now()
 		close(h.gate)
 		synctest.Wait()
-		for s.ln.limit.count() > 0 {
+		for s.ln.limit.open() > 0 {
 			time.Sleep(100 * time.Millisecond)
 		}
 		near(t, time.Since(begin), 0)
@@ -716,7 +710,7 @@ func TestAcceptSurvives(t *testing.T) {
 		}
 		_ = c.Close()
 		_ = c.Close()
-		if n := a.limit.count(); n != 0 {
+		if n := a.limit.open(); n != 0 {
 			t.Errorf("%d connections are counted after the last one", n)
 		}
 		// Close ends the pause, too.
