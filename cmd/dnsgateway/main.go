@@ -50,10 +50,20 @@ func main() {
 	// SIGHUP never ends the program, whatever stage it is in; what it does besides is the run command's matter.
 	// Nor does a log shipper that goes away and leaves a closed pipe behind.
 	signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
-	// The first signal starts the drain; after it the defaults hold again, so that a second one ends the program at once.
-	context.AfterFunc(ctx, stop)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	go func() {
+		<-signals
+		// The first signal starts the drain. Before that the defaults are put back, so that a second one, however soon
+		// it comes, ends the program at once.
+		signal.Stop(signals)
+		if len(signals) > 0 {
+			os.Exit(exitFailure)
+		}
+		cancel()
+	}()
 	os.Exit(execute(ctx, newRootCommand(), os.Args[1:]))
 }
 
