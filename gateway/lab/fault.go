@@ -3,6 +3,8 @@ package lab
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -29,60 +31,66 @@ const (
 	RST           FaultKind = "rst"            // half of a frame, then a reset; over UDP: no answer
 	Flap          FaultKind = "flap"           // conn: dead and well in turn, each for Fault.Duration; dead first
 	TLSHang       FaultKind = "tlshang"        // conn: connects, but no handshake goes on
+	Stuck         FaultKind = "stuck"          // connections open when it begins never answer again, healed or not; new ones are well
+	Loss          FaultKind = "loss"           // each answer is lost with the probability Fault.Share
 )
 
 // Fault is how a server misbehaves. The zero value is a server that is well.
 type Fault struct {
 	Kind     FaultKind
 	Duration time.Duration // of Slow and Flap; others have none
+	Share    float64       // of Loss: above 0, at most 1; others have none
 }
 
-// faultKinds are the kinds in the order of help texts, with their default durations.
-var faultKinds = []struct {
-	kind     FaultKind
-	duration time.Duration
-}{
-	{Dead, 0}, {Silent, 0}, {Slow, 2 * time.Second}, {ServFail, 0}, {Refused, 0}, {BadCert, 0}, {ExpiredCert, 0},
-	{UnknownCA, 0}, {Garbage, 0}, {WrongID, 0}, {WrongQuestion, 0}, {Truncated, 0}, {RST, 0}, {Flap, time.Second},
-	{TLSHang, 0},
+// defaults are the faults in the order of help texts, as they are when only their kind is given.
+var defaults = []Fault{
+	{Kind: Dead}, {Kind: Silent}, {Kind: Slow, Duration: 2 * time.Second}, {Kind: ServFail}, {Kind: Refused}, {Kind: BadCert},
+	{Kind: ExpiredCert}, {Kind: UnknownCA}, {Kind: Garbage}, {Kind: WrongID}, {Kind: WrongQuestion}, {Kind: Truncated},
+	{Kind: RST}, {Kind: Flap, Duration: time.Second}, {Kind: TLSHang}, {Kind: Stuck}, {Kind: Loss, Share: 0.3},
 }
 
 // FaultNames returns the words that ParseFault takes, for help texts.
 func FaultNames() []string {
 	names := []string{"ok"}
-	for _, k := range faultKinds {
-		name := string(k.kind)
-		if k.duration != 0 {
-			name += "[:" + k.duration.String() + "]"
+	for _, f := range defaults {
+		name := f.String()
+		if kind, value, ok := strings.Cut(name, ":"); ok {
+			name = kind + "[:" + value + "]"
 		}
 		names = append(names, name)
 	}
 	return names
 }
 
-// ParseFault reads a fault: a kind, and for slow and flap a duration behind a colon ("slow:2s"), which is 2s and 1s by
-// default. "ok" is the zero Fault.
+// ParseFault reads a fault: a kind, for slow and flap with a duration behind a colon ("slow:2s"), which is 2s and 1s by
+// default, for loss with a share ("loss:30%"), which is 30% by default. "ok" is the zero Fault.
 func ParseFault(s string) (Fault, error) {
-	kind, duration, timed := strings.Cut(strings.TrimSpace(s), ":")
-	if kind == "ok" && !timed {
+	kind, value, valued := strings.Cut(strings.TrimSpace(s), ":")
+	if kind == "ok" && !valued {
 		return Fault{}, nil
 	}
-	for _, k := range faultKinds {
-		if string(k.kind) != kind {
+	for _, f := range defaults {
+		if string(f.Kind) != kind {
 			continue
 		}
-		f := Fault{Kind: k.kind, Duration: k.duration}
-		if !timed {
-			return f, nil
-		}
-		if k.duration == 0 {
+		switch {
+		case !valued:
+		case f.Duration != 0:
+			d, err := time.ParseDuration(value)
+			if err != nil || d <= 0 {
+				return Fault{}, fmt.Errorf("fault %s: %q is not a duration such as 2s", kind, value)
+			}
+			f.Duration = d
+		case f.Share != 0:
+			number, percent := strings.CutSuffix(value, "%")
+			share, err := strconv.ParseFloat(number, 64)
+			if err != nil || !percent || !(share > 0 && share <= 100) {
+				return Fault{}, fmt.Errorf("fault %s: %q is not a share such as 30%%", kind, value)
+			}
+			f.Share = share / 100
+		default:
 			return Fault{}, fmt.Errorf("fault %s takes no duration", kind)
 		}
-		d, err := time.ParseDuration(duration)
-		if err != nil || d <= 0 {
-			return Fault{}, fmt.Errorf("fault %s: %q is not a duration such as 2s", kind, duration)
-		}
-		f.Duration = d
 		return f, nil
 	}
 	return Fault{}, fmt.Errorf("unknown fault %q; the faults are %s", kind, strings.Join(FaultNames(), ", "))
@@ -95,6 +103,8 @@ func (f Fault) String() string {
 		return "ok"
 	case Slow, Flap:
 		return string(f.Kind) + ":" + f.Duration.String()
+	case Loss:
+		return string(f.Kind) + ":" + strconv.FormatFloat(f.Share*100, 'g', 12, 64) + "%"
 	}
 	return string(f.Kind)
 }
@@ -129,20 +139,23 @@ func (f Fault) mode() mode {
 
 // check reports why f makes no sense for a server that speaks scheme.
 func (f Fault) check(scheme Scheme) error {
-	known := f.Kind == None
-	for _, k := range faultKinds {
-		known = known || k.kind == f.Kind
-	}
-	if !known {
+	if f.Kind != None && !slices.ContainsFunc(defaults, func(d Fault) bool { return d.Kind == f.Kind }) {
 		return fmt.Errorf("unknown fault %q", string(f.Kind))
 	}
 	if (f.Kind == Slow || f.Kind == Flap) && f.Duration <= 0 {
 		return fmt.Errorf("fault %s needs a duration", f.Kind)
 	}
+	if f.Kind == Loss && !(f.Share > 0 && f.Share <= 1) {
+		return fmt.Errorf("fault %s needs a share above 0 and at most 1", f.Kind)
+	}
 	switch f.Kind {
 	case BadCert, ExpiredCert, UnknownCA, TLSHang:
 		if !scheme.encrypted() {
 			return fmt.Errorf("fault %s needs an encrypted server, and %s is none", f.Kind, scheme)
+		}
+	case Stuck:
+		if scheme == UDP {
+			return fmt.Errorf("fault %s needs connections, and %s has none", f.Kind, scheme)
 		}
 	}
 	return nil

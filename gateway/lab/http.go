@@ -44,18 +44,24 @@ func (s *Server) openHTTPS(addr netip.AddrPort, m mode) (front, error) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	f := &httpsFront{cancel: cancel, doh: dohHandler{s: s, via: HTTPS}}
+	var numbers sync.Map // of connections: net.Conn to uint64
 	f.server = &http.Server{
 		Handler:     &f.doh,
 		TLSConfig:   s.tlsConfig(m, "h2", "http/1.1"),
 		ErrorLog:    slog.NewLogLogger(s.lab.log.Handler(), slog.LevelDebug),
 		BaseContext: func(net.Listener) context.Context { return ctx },
-		ConnContext: func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
-		ConnState: func(_ net.Conn, state http.ConnState) {
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			number := s.conns.enter(c.(*tls.Conn).NetConn()) // called once, before StateNew
+			numbers.Store(c, number)
+			return withNumber(context.WithValue(ctx, connKey{}, c), number)
+		},
+		ConnState: func(c net.Conn, state http.ConnState) {
 			switch state {
 			case http.StateNew:
-				s.conns.Add(1)
 				f.conns.Add(1)
 			case http.StateClosed:
+				number, _ := numbers.LoadAndDelete(c)
+				s.conns.leave(number.(uint64))
 				f.conns.Done()
 			}
 		},

@@ -5,8 +5,10 @@ import (
 	"context"
 	"crypto/tls"
 	"io"
+	"net"
 	"net/http"
 	"net/netip"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -49,6 +51,94 @@ func TestEveryServerAnswers(t *testing.T) {
 				t.Errorf("got %d connections, want %d", got, want)
 			}
 		})
+	}
+}
+
+func TestOpenConns(t *testing.T) {
+	l := startLab(t, Config{})
+	for _, s := range l.Servers() {
+		t.Run(s.Name(), func(t *testing.T) {
+			await := func(wantNow, wantMost int) {
+				t.Helper()
+				var now, most int
+				for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+					if now, most = s.OpenConns(); now == wantNow && most == wantMost {
+						return
+					}
+				}
+				t.Errorf("got %d connections, at most %d, want %d and %d", now, most, wantNow, wantMost)
+			}
+			each := 1
+			if s.Scheme() == UDP {
+				each = 0
+			}
+			clients := []*client{newClient(t, l, s), newClient(t, l, s)}
+			for i, c := range clients {
+				if _, err := c.ask(t, query(s.Scheme(), "b.lab.test.", dns.TypeA), patience); err != nil {
+					t.Fatal(err)
+				}
+				await(each*(i+1), each*(i+1))
+			}
+			clients[0].close()
+			await(each, each*2)
+			clients[1].close()
+			await(0, each*2)
+		})
+	}
+}
+
+// A client that ends a connection before it opens the next never has two, however late the server reads of the end.
+func TestOpenConnsInTurn(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("only Linux tells of an end that was not read yet")
+	}
+	l := startLab(t, Config{Servers: []ServerConfig{{Name: "a", Scheme: TLS}, {Name: "b", Scheme: HTTPS}}})
+	for _, s := range l.Servers() {
+		for range 200 {
+			conn, err := net.Dial("tcp", s.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn.Close()
+		}
+		for deadline := time.Now().Add(patience); s.Conns() < 200 && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		}
+		if _, most := s.OpenConns(); most > 1 {
+			t.Errorf("%s: got %d connections at once, want 1", s.Scheme(), most)
+		}
+	}
+}
+
+// A client that has gone does not count, though its question has not been answered yet; nor does what a fault closes.
+func TestOpenConnsUnderFaults(t *testing.T) {
+	l := startLab(t, Config{Servers: []ServerConfig{{Name: "a", Scheme: TLS, Fault: Fault{Kind: Slow, Duration: time.Hour}}}})
+	s := l.Server("a")
+	for _, f := range []Fault{s.Fault(), {Kind: Silent}, {Kind: TLSHang}} {
+		if err := s.SetFault(f); err != nil {
+			t.Fatal(err)
+		}
+		resp, err := askNew(t, l, s, "b.lab.test.", haste)
+		silence(t, s, resp, err)
+		now := 1
+		for deadline := time.Now().Add(patience); now != 0 && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+			now, _ = s.OpenConns()
+		}
+		if now != 0 {
+			t.Errorf("%s: %d connections are open, want none", f, now)
+		}
+	}
+	if err := s.SetFault(Fault{}); err != nil {
+		t.Fatal(err)
+	}
+	c := newClient(t, l, s)
+	if _, err := c.ask(t, query(TLS, "b.lab.test.", dns.TypeA), patience); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.SetFault(Fault{Kind: Dead}); err != nil {
+		t.Fatal(err)
+	}
+	if now, most := s.OpenConns(); now != 0 || most != 1 {
+		t.Errorf("dead: got %d connections, at most %d, want 0 and 1", now, most)
 	}
 }
 

@@ -29,6 +29,7 @@ type quicFront struct {
 	h3        *http3.Server // nil: DoQ
 	ctx       context.Context
 	cancel    context.CancelFunc
+	numbers   sync.Map // of connections: *quic.Conn to uint64
 	all       sync.WaitGroup
 }
 
@@ -47,7 +48,8 @@ func (s *Server) openQUIC(addr netip.AddrPort, m mode) (front, error) {
 		f.h3 = &http3.Server{
 			Handler: &dohHandler{s: s, via: H3},
 			ConnContext: func(ctx context.Context, c *quic.Conn) context.Context {
-				return context.WithValue(ctx, connKey{}, c)
+				number, _ := f.numbers.Load(c)
+				return withNumber(context.WithValue(ctx, connKey{}, c), number.(uint64))
 			},
 		}
 	}
@@ -79,20 +81,23 @@ func (f *quicFront) accept() {
 		if err != nil {
 			return
 		}
-		f.s.conns.Add(1)
+		number := f.s.conns.enter(nil)
+		f.numbers.Store(conn, number)
 		f.all.Go(func() {
+			defer f.s.conns.leave(number)
+			defer f.numbers.Delete(conn)
 			defer context.AfterFunc(f.ctx, func() { conn.CloseWithError(doqNoError, "") })()
 			if f.h3 != nil {
 				f.h3.ServeQUICConn(conn) // returns when the requests have ended, too
 			} else {
-				f.serveDoQ(conn)
+				f.serveDoQ(conn, number)
 			}
 			<-conn.Context().Done()
 		})
 	}
 }
 
-func (f *quicFront) serveDoQ(conn *quic.Conn) {
+func (f *quicFront) serveDoQ(conn *quic.Conn, number uint64) {
 	var streams sync.WaitGroup
 	defer streams.Wait()
 	for {
@@ -100,12 +105,12 @@ func (f *quicFront) serveDoQ(conn *quic.Conn) {
 		if err != nil {
 			return
 		}
-		streams.Go(func() { f.serveStream(conn, stream) })
+		streams.Go(func() { f.serveStream(withNumber(stream.Context(), number), conn, stream) })
 	}
 }
 
-// serveStream answers the one query of a stream, RFC 9250, section 4.2.
-func (f *quicFront) serveStream(conn *quic.Conn, stream *quic.Stream) {
+// serveStream answers the one query of a stream, RFC 9250, section 4.2; ctx is the stream's.
+func (f *quicFront) serveStream(ctx context.Context, conn *quic.Conn, stream *quic.Stream) {
 	defer stream.CancelRead(quic.StreamErrorCode(doqNoError))
 	raw, err := readOnly(stream)
 	if cancelled := new(quic.StreamError); errors.As(err, &cancelled) {
@@ -117,11 +122,11 @@ func (f *quicFront) serveStream(conn *quic.Conn, stream *quic.Stream) {
 		conn.CloseWithError(doqProtocolError, "")
 		return
 	}
-	msg, act := f.s.respond(stream.Context(), QUIC, raw)
+	msg, act := f.s.respond(ctx, QUIC, raw)
 	framed := frame(msg)
 	switch act {
 	case drop:
-		<-stream.Context().Done() // the client cancels, or the connection ends
+		<-ctx.Done() // the client cancels, or the connection ends
 		return
 	case cut:
 		stream.Write(framed[:len(framed)/2])

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"hash/fnv"
+	"math/rand/v2"
 
 	"github.com/miekg/dns"
 )
@@ -41,9 +42,16 @@ func (s *Server) respond(ctx context.Context, via Scheme, raw []byte) ([]byte, a
 		return nil, drop
 	}
 	act := send
-	switch s.Fault().Kind { // looked at again: a fault that began meanwhile is in force for this question, too
+	if s.isStuck(ctx) {
+		return nil, drop
+	}
+	switch f := s.Fault(); f.Kind { // looked at again: a fault that began meanwhile is in force for this question, too
 	case Silent:
 		return nil, drop
+	case Loss:
+		if rand.Float64() < f.Share {
+			return nil, drop
+		}
 	case Garbage:
 		return garbage(seed(raw)), send
 	case ServFail:

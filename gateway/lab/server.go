@@ -30,7 +30,8 @@ type Server struct {
 	certs  map[mode]*tls.Certificate
 
 	queries atomic.Uint64
-	conns   atomic.Uint64
+	conns   connCount
+	stuck   atomic.Uint64 // connections up to this number never answer again
 	fault   atomic.Pointer[Fault]
 
 	setting  sync.Mutex // held by SetFault and close, never by what they wait for
@@ -135,7 +136,11 @@ func (s *Server) Queries() uint64 { return s.queries.Load() }
 
 // Conns returns how many connections the server has accepted; of UDP there are none. A QUIC connection counts after its
 // handshake, one over TCP before it.
-func (s *Server) Conns() uint64 { return s.conns.Load() }
+func (s *Server) Conns() uint64 { return s.conns.accepted() }
+
+// OpenConns returns how many of these connections are open, and how many at most were at once. One counts as long as both
+// ends keep it: a client that has closed it no longer waits for anything, though the server may still be busy with a question.
+func (s *Server) OpenConns() (now, most int) { return s.conns.open() }
 
 // Fault returns the fault in force.
 func (s *Server) Fault() Fault { return *s.fault.Load() }
@@ -155,6 +160,9 @@ func (s *Server) SetFault(f Fault) error {
 	if err := s.enter(f.mode()); err != nil {
 		s.fault.Store(&Fault{Kind: Dead})
 		return fmt.Errorf("server %s: %w", s.name, err)
+	}
+	if f.Kind == Stuck {
+		s.stuck.Store(s.conns.accepted())
 	}
 	s.fault.Store(&f)
 	if f.Kind == Flap {

@@ -57,14 +57,15 @@ func (f *streamFront) accept() {
 			}
 			continue // out of file descriptors: some connection will end
 		}
-		f.s.conns.Add(1)
-		f.all.Go(func() { f.serve(conn.(*net.TCPConn)) })
+		number := f.s.conns.enter(conn)
+		f.all.Go(func() { f.serve(conn.(*net.TCPConn), number) })
 	}
 }
 
-func (f *streamFront) serve(tcp *net.TCPConn) {
+func (f *streamFront) serve(tcp *net.TCPConn, number uint64) {
 	defer tcp.Close()
-	ctx, cancel := context.WithCancel(f.ctx)
+	defer f.s.conns.leave(number)
+	ctx, cancel := context.WithCancel(withNumber(f.ctx, number))
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { tcp.Close() })()
 	if f.hole {
@@ -84,6 +85,7 @@ func (f *streamFront) serve(tcp *net.TCPConn) {
 	var writing sync.Mutex
 	var answering sync.WaitGroup
 	defer answering.Wait()
+	defer f.s.conns.leave(number) // before that wait: the client's end is all that counts
 	slots := make(chan struct{}, pipeline)
 	in := bufio.NewReader(conn)
 	for {

@@ -171,9 +171,8 @@ func (z *zone) lookup(name string, rrtype uint16) (rrs []dns.RR, found bool) {
 	if key != loadName && dns.IsSubDomain(loadName, key) {
 		return loadRecords(name, rrtype), true
 	}
-	if rrtype == dns.TypeHTTPS && dns.IsSubDomain(unreadableName, key) {
-		// port before alpn: 3, then 1
-		return []dns.RR{&dns.RFC3597{Hdr: header(name, rrtype, 300), Rdata: "000100" + "000300020035" + "00010003026832"}}, true
+	if rrtype == dns.TypeA && dns.IsSubDomain(unreadableName, key) {
+		return []dns.RR{&dns.RFC3597{Hdr: header(name, rrtype, 300), Rdata: "7f0000"}}, true // three octets
 	}
 	source := key
 	switch {
