@@ -258,6 +258,7 @@ func TestEncrypted(t *testing.T) {
 	}{
 		{"all encrypted", [][]config.Server{{server(config.TLS), server(config.HTTPS)}, {server(config.QUIC), server(config.H3)}}, true},
 		{"a plain one in the last tier", [][]config.Server{{server(config.TLS)}, {server(config.UDP)}}, false},
+		{"discovered and verified", [][]config.Server{{server(config.Discover)}}, true},
 		{"tcp", [][]config.Server{{server(config.TCP)}}, false},
 		{"a stamp", [][]config.Server{{server(config.SDNS)}}, false},
 	} {

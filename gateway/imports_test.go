@@ -97,7 +97,7 @@ var uses = map[string][]string{
 	"gateway/cache":    {"gateway/wire"},
 	"gateway/route":    {},
 	"gateway/local":    {"gateway/wire"},
-	"gateway/forward":  {},
+	"gateway/forward":  {"gateway/wire"},
 	"gateway/dnssec":   {},
 	"gateway/pipeline": {"gateway/wire", "gateway/access", "gateway/cache", "gateway/route", "gateway/local", "gateway/dnssec"},
 	"gateway/listen":   {"gateway/wire"},

@@ -97,7 +97,7 @@ func TestUnreadableNames(t *testing.T) {
 				default:
 				}
 				ctx, cancel := contextWithDeadline(t)
-				resp, err := c.ask(ctx, new(dns.Msg).SetQuestion(fmt.Sprintf("n%d-%d.unreadable.lab.test.", i, n), dns.TypeHTTPS))
+				resp, err := c.ask(ctx, new(dns.Msg).SetQuestion(fmt.Sprintf("n%d-%d.unreadable.lab.test.", i, n), dns.TypeA))
 				cancel()
 				if err != nil || resp.Rcode != dns.RcodeServerFailure {
 					t.Errorf("unreadable name: got %v, %v, want SERVFAIL", resp, err)

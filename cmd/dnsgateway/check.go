@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/netip"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -18,7 +19,8 @@ func newCheckCommand() *cobra.Command {
 		Use:   "check [-c file]",
 		Short: "Check a configuration file and print what would run",
 		Long: `Check the file as the run command would, without opening a socket. Every mistake is reported at once with its
-place; the exit status is then 1. A sound file is answered with the listeners and the upstream servers in order.`,
+place; the exit status is then 1. A sound file is answered with the listeners, the upstream servers in the order in which
+they are asked, and the rules.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 1 {
@@ -113,10 +115,12 @@ func answersWhom(cfg *config.Config) string {
 	return strings.Join(words, ", ") + otherwise
 }
 
-// printLadder prints every group's tiers in the order in which they are asked.
+// printLadder prints every group's tiers in the order in which they are asked, and the rules that choose the group.
 func printLadder(w io.Writer, cfg *config.Config) {
+	private := make(map[string]bool)
 	for _, g := range cfg.Upstreams {
-		fmt.Fprintf(w, "\nasking group %q (pick %s, within %v)\n", g.Name, g.Pick, g.Deadline)
+		private[g.Name] = g.Private
+		fmt.Fprintf(w, "\nasking group %s (pick %s, hedge %s, within %v)\n", quoted(g.Name, g.Private), g.Pick, hedge(g.Hedge), short(g.Deadline))
 		for i, tier := range g.Tiers {
 			for j, s := range tier {
 				head := fmt.Sprintf("%d.", i+1)
@@ -126,7 +130,92 @@ func printLadder(w io.Writer, cfg *config.Config) {
 				fmt.Fprintf(w, "  %-3s %s\n", head, s.URL)
 			}
 		}
+		fmt.Fprintf(w, "  breaker: open after %d failures, probes every %v to %v\n", g.Breaker.OpenAfter,
+			short(g.Breaker.Probe), short(g.Breaker.MaxProbe))
 	}
+	printRules(w, cfg, private)
+}
+
+// quoted returns a group's name in quotes, and that it is private if it is.
+func quoted(name string, private bool) string {
+	if private {
+		return fmt.Sprintf("%q, private", name)
+	}
+	return fmt.Sprintf("%q", name)
+}
+
+func hedge(h config.Hedge) string {
+	switch {
+	case h.Never:
+		return "never"
+	case h.After == 0:
+		return "auto"
+	}
+	return short(h.After)
+}
+
+// short returns d as the file has it: 1m, where String says 1m0s.
+func short(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return s
+}
+
+// maxRuleNames is how many names of one rule are printed: lists may have thousands.
+const maxRuleNames = 10
+
+// printRules prints which names go to which group, in the order in which the rules are tried. Without rules it prints
+// nothing: everything goes to the one group.
+func printRules(w io.Writer, cfg *config.Config, private map[string]bool) {
+	if len(cfg.Rules) == 0 {
+		return
+	}
+	to := func(what, group string) {
+		if private[group] {
+			group += " (private)"
+		}
+		fmt.Fprintf(w, "  %s → %s\n", what, group)
+	}
+	fmt.Fprintln(w, "\nrules, of which the first that matches decides")
+	for _, r := range cfg.Rules {
+		for i, n := range r.Names {
+			if i == maxRuleNames {
+				to(fmt.Sprintf("%d more names", len(r.Names)-i), r.Use)
+				break
+			}
+			to(matches(n), r.Use)
+		}
+	}
+	to("everything else", config.DefaultGroup)
+}
+
+// matches says in words what n matches.
+func matches(n config.Name) string {
+	zones := make([]string, len(n.Values))
+	for i, v := range n.Values {
+		zones[i] = v
+		if v == "" {
+			zones[i] = "."
+		}
+	}
+	switch {
+	case n.Match == config.Regexp:
+		return n.Text
+	case n.Match == config.Exact:
+		return zones[0] + " alone"
+	case len(zones) > 1:
+		return fmt.Sprintf("%s: %s to %s, each and below", n.Text, zones[0], zones[len(zones)-1])
+	case n.Values[0] == "":
+		return "every name"
+	case !strings.EqualFold(strings.TrimSuffix(n.Text, "."), zones[0]):
+		return fmt.Sprintf("%s: %s and below", n.Text, zones[0])
+	}
+	return zones[0] + " and below"
 }
 
 // tryLine returns a dig line for the first plain listener, or a query line for the first other one.

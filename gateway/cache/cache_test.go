@@ -64,7 +64,7 @@ func response(t testing.TB, rcode int, records string) []byte {
 
 func answer(t testing.TB, msg []byte) *wire.Answer {
 	t.Helper()
-	a, err := wire.NewAnswer(msg)
+	a, _, err := wire.ReadAnswer(msg)
 	if err != nil {
 		t.Fatal(err)
 	}

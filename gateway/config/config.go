@@ -28,6 +28,7 @@ type Config struct {
 	TLS       []KeyPair
 	Bootstrap []Server // empty if no upstream has a host name; see Load for what it is when the file names none
 	Upstreams []Group  // in the file's order; always one named "default"
+	Rules     []Rule   // in the file's order: the first that matches a question says whom to ask
 	Access    Access
 	Cache     Cache
 	Limits    Limits
@@ -40,7 +41,9 @@ type Config struct {
 // Scheme is the scheme of a listen or upstream URL.
 type Scheme string
 
-// The schemes. DNS (udp and tcp on one port) is for listeners only; H3 and SDNS are for upstreams only.
+// The schemes. DNS (udp and tcp on one port) is for listeners only; H3, SDNS and Discover are for upstreams only. Discover
+// stands in no URL that is written: it is a server that is asked where its encrypted ones are (RFC 9462), and never a
+// client's question.
 const (
 	DNS   Scheme = "dns"
 	UDP   Scheme = "udp"
@@ -50,6 +53,8 @@ const (
 	H3    Scheme = "h3"
 	QUIC  Scheme = "quic"
 	SDNS  Scheme = "sdns"
+
+	Discover Scheme = "discover"
 )
 
 // Listener is one entry of `listen`.
@@ -76,9 +81,9 @@ type KeyPair struct {
 // Server is one upstream server or bootstrap server.
 type Server struct {
 	Place      Place
-	URL        string // as written
+	URL        string // as written; "discover://" and the address for Discover
 	Scheme     Scheme
-	Host       string // a host name or an IP address without brackets; empty for SDNS
+	Host       string // a host name or an IP address without brackets; empty for SDNS; always an address for Discover
 	Port       uint16 // filled in from the scheme when the URL has none
 	Path       string // HTTPS and H3; "/dns-query" by default
 	VerifyName string // the name behind '#', else Host: what the certificate has to say
@@ -103,7 +108,20 @@ const (
 // NextOn is the set of outcomes that move a query on to the next server.
 type NextOn struct{ Timeout, Connect, ServFail, Refused bool }
 
-// DefaultGroup is the name of the group that every question goes to.
+// Hedge says when the next server is asked although the one before it has neither answered nor failed.
+type Hedge struct {
+	Never bool
+	After time.Duration // 0: auto, by how long the server usually takes
+}
+
+// Breaker says when a server that fails is left alone, and when it is tried again.
+type Breaker struct {
+	OpenAfter int           // failures in a row
+	Probe     time.Duration // the first pause; each is longer than the one before
+	MaxProbe  time.Duration // the longest pause
+}
+
+// DefaultGroup is the name of the group that every question goes to for which no rule has another one.
 const DefaultGroup = "default"
 
 // Group is one upstream group.
@@ -114,6 +132,36 @@ type Group struct {
 	Pick     Pick
 	NextOn   NextOn
 	Deadline time.Duration
+	Hedge    Hedge
+	Breaker  Breaker
+	Private  bool // what its rules name never goes to a group that is not private
+}
+
+// Rule sends the questions that it matches to a group, whatever their type and class.
+type Rule struct {
+	Place Place
+	Names []Name // any one has to match; never empty
+	Use   string // the name of a group of Config.Upstreams
+}
+
+// Match is how a Name is compared with the name of a question, letter case aside.
+type Match string
+
+// The ways to match.
+const (
+	Below  Match = "below"  // the name itself and every name below it
+	Exact  Match = "exact"  // the name alone
+	Regexp Match = "regexp" // a Go regular expression, held against the lower-case name without the dot at its end
+)
+
+// Name is one item of the list of names in a rule.
+type Name struct {
+	Place Place
+	Text  string // as written
+	Match Match
+	// Values are lower-case names without the dot at the end ("" is the root), or the one expression. There is one, but for
+	// a network, which may stand for several reverse zones.
+	Values []string
 }
 
 // Otherwise is what happens to clients that are not allowed.

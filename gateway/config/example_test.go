@@ -57,7 +57,7 @@ func TestExampleLoads(t *testing.T) {
 	if len(l.errs)+len(l.warns) > 0 {
 		t.Fatalf("got mistakes or warnings:\n%v\n%v", l.errs, l.warns)
 	}
-	if len(tables) < 13 {
+	if len(tables) < 18 {
 		t.Errorf("got %d tables of keys, want all of them", len(tables))
 	}
 	for table, keys := range tables {
@@ -111,8 +111,8 @@ func TestExampleKeys(t *testing.T) {
 		}
 	}
 	walk(&doc, "")
-	if keys < 50 {
-		t.Errorf("got %d keys, want at least 50", keys)
+	if keys < 65 {
+		t.Errorf("got %d keys, want at least 65", keys)
 	}
 }
 
@@ -177,15 +177,26 @@ func TestPlaces(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := map[string]Place{"group": cfg.Upstreams[0].Place, "admin": cfg.Admin.Place}
+	got := map[string]Place{"admin": cfg.Admin.Place}
 	for i, l := range cfg.Listen {
 		got[fmt.Sprintf("listener %d", i)] = l.Place
 	}
 	for i, p := range cfg.TLS {
 		got[fmt.Sprintf("pair %d", i)] = p.Place
 	}
-	for i, s := range slices.Concat(cfg.Bootstrap, slices.Concat(cfg.Upstreams[0].Tiers...)) {
+	servers := slices.Clone(cfg.Bootstrap)
+	for i, g := range cfg.Upstreams {
+		got[fmt.Sprintf("group %d", i)] = g.Place
+		servers = append(servers, slices.Concat(g.Tiers...)...)
+	}
+	for i, s := range servers {
 		got[fmt.Sprintf("server %d", i)] = s.Place
+	}
+	for i, r := range cfg.Rules {
+		got[fmt.Sprintf("rule %d", i)] = r.Place
+		for j, n := range r.Names {
+			got[fmt.Sprintf("rule %d, name %d", i, j)] = n.Place
+		}
 	}
 	for what, p := range got {
 		if p.Line == 0 || p.Col == 0 || p.Path == "" || p.Text == "" || !strings.HasSuffix(p.File, ".yaml") {

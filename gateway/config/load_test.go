@@ -154,7 +154,7 @@ func golden(t *testing.T, kind string, least int, print func(t *testing.T, cfg *
 
 // TestBroken holds broken files against their exact messages.
 func TestBroken(t *testing.T) {
-	golden(t, "broken", 60, func(t *testing.T, cfg *Config, err error) string {
+	golden(t, "broken", 140, func(t *testing.T, cfg *Config, err error) string {
 		var errs *Errors
 		if !errors.As(err, &errs) {
 			t.Fatalf("got %v, %v, want *Errors", cfg, err)
@@ -170,7 +170,7 @@ func TestBroken(t *testing.T) {
 
 // TestWarnings holds files that work against the exact warnings.
 func TestWarnings(t *testing.T) {
-	golden(t, "warn", 10, func(t *testing.T, cfg *Config, err error) string {
+	golden(t, "warn", 12, func(t *testing.T, cfg *Config, err error) string {
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -300,9 +300,11 @@ func TestDidYouMean(t *testing.T) {
 		{"", "upstream", "upstreams"}, {"", "Listen", "listen"}, {"", "listne", "listen"}, {"", "fallbacks", "fallback"},
 		{"listen[]", "https", "http"}, {"limits", "tcp_per_clients", "tcp_per_client"},
 		// The keys of later issues must not be taken for misspelled ones.
-		{"", "rules", ""}, {"", "clients", ""}, {"", "dnssec", ""}, {"", "privacy", ""}, {"", "query_log", ""}, {"", "metrics", ""},
-		{"", "process", ""}, {"", "tests", ""}, {"upstreams.*", "hedge", ""}, {"upstreams.*", "breaker", ""},
-		{"upstreams.*", "private", ""}, {"upstreams.*", "dnssec", ""}, {"cache", "stale", ""}, {"cache", "prefetch", ""},
+		{"", "rule", "rules"}, {"rules[]", "uses", "use"}, {"rules[].if", "names", "name"}, {"upstreams.*.breaker", "max_prob", "max_probe"},
+		{"", "clients", ""}, {"", "dnssec", ""}, {"", "privacy", ""}, {"", "query_log", ""}, {"", "metrics", ""},
+		{"", "process", ""}, {"", "tests", ""}, {"upstreams.*", "dnssec", ""},
+		{"rules[]", "answer", ""}, {"rules[].if", "client", ""}, {"rules[].if", "type", ""}, {"rules[].if", "listener", ""},
+		{"rules[].if", "time", ""}, {"rules[].if", "not", ""}, {"cache", "stale", ""}, {"cache", "prefetch", ""},
 		{"cache", "save", ""}, {"listen[]", "require", ""}, {"listen[]", "client_ca", ""}, {"listen[]", "proxy_protocol", ""},
 		{"listen[]", "trust_forwarded", ""}, {"local", "hosts", ""}, {"local", "records", ""}, {"admin", "token", ""},
 	}

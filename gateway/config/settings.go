@@ -17,9 +17,11 @@ type draft struct {
 	has       map[string]bool // top-level keys that the file has, sound or not
 	listen    []Listener
 	groups    []groupItem
-	fallback  value // zero if the key is not there
-	bootstrap value // zero if the key is not there
-	encrypted bool  // a listener needs a certificate
+	declared  []string // the keys of upstreams, whatever stands there
+	fallback  value    // zero if the key is not there
+	bootstrap value    // zero if the key is not there
+	rules     []ruleItem
+	encrypted bool // a listener needs a certificate
 }
 
 func (d *draft) errorAt(p Place, format string, args ...any) {
@@ -41,6 +43,7 @@ var topKeys = newTable("",
 	entry[draft]{"bootstrap", readBootstrap},
 	entry[draft]{"upstreams", readUpstreams},
 	entry[draft]{"fallback", func(v value, d *draft) { d.fallback = v }},
+	entry[draft]{"rules", readRules},
 	entry[draft]{"access", readAccess},
 	entry[draft]{"local", func(v value, d *draft) { localKeys.decode(v, &d.cfg.Local) }},
 	entry[draft]{"cache", readCache},
@@ -101,6 +104,7 @@ func (l *loader) config(source string, root *node) *Config {
 	d.addFallback()
 	d.checkListeners()
 	d.checkUpstreams()
+	d.checkRules()
 	d.checkAdmin()
 	if f := root.field("tls"); f != nil && !d.encrypted && !l.mistakeIn("listen") {
 		value{l: l, n: f.value, path: "tls", key: f.place}.warnf("has no effect: no listener is tls://, https:// or quic://")
@@ -108,6 +112,9 @@ func (l *loader) config(source string, root *node) *Config {
 	d.cfg.Listen = d.listen
 	for _, g := range d.groups {
 		d.cfg.Upstreams = append(d.cfg.Upstreams, g.Group)
+	}
+	for _, r := range d.rules {
+		d.cfg.Rules = append(d.cfg.Rules, r.Rule)
 	}
 	return d.cfg
 }

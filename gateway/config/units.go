@@ -206,6 +206,23 @@ func (v value) number(least, most int) (int, bool) {
 	return n, true
 }
 
+// boolean reads true or false.
+func (v value) boolean() (yes, ok bool) {
+	s, ok := v.text("true or false")
+	if ok && s != "true" && s != "false" {
+		hint := didYouMean(s, []string{"true", "false"})
+		switch strings.ToLower(s) {
+		case "yes", "on", "true", "1":
+			hint = `; did you mean true?`
+		case "no", "off", "false", "0":
+			hint = `; did you mean false?`
+		}
+		v.errorf("want true or false, got %s%s", quote(s), hint)
+		return false, false
+	}
+	return s == "true", ok
+}
+
 // parsePrefix reads an address or a network whose host bits are zero.
 func parsePrefix(s string) (netip.Prefix, error) {
 	if addr, err := netip.ParseAddr(s); err == nil {

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -12,12 +13,21 @@ import (
 type serverItem struct {
 	Server
 	bootstrap bool    // it is one of `bootstrap`
+	hasURL    bool    // the key `url` is there
 	stamp     *stamp  // of an sdns:// URL
 	tls       []value // keys that only servers with TLS may have
 }
 
 var serverKeys = newTable("upstreams.*.try[][]",
-	entry[serverItem]{"url", func(v value, it *serverItem) { it.readURL(v) }},
+	entry[serverItem]{"url", func(v value, it *serverItem) {
+		it.hasURL = true
+		it.readURL(v)
+	}},
+	entry[serverItem]{"discover", func(v value, it *serverItem) {
+		if !it.hasURL { // that both are there is said once, in readServer
+			it.readDiscover(v)
+		}
+	}},
 	entry[serverItem]{"ca", func(v value, it *serverItem) {
 		it.tls = append(it.tls, v)
 		it.CA, it.CAFile, _ = v.roots()
@@ -57,11 +67,25 @@ func readServer(v value, bootstrap bool) (Server, bool) {
 		return it.Server, it.Scheme != ""
 	}
 	serverKeys.decode(v, &it)
-	if _, ok := v.get("url"); !ok {
+	_, hasURL := v.get("url")
+	discover, hasDiscover := v.get("discover")
+	switch {
+	case hasURL && hasDiscover:
+		discover.atKey().errorf("stands beside url; a server is either given by its URL, or discovered")
+		return it.Server, false
+	case !hasURL && !hasDiscover:
 		v.errorf("the key \"url\" is missing, such as url: tls://9.9.9.9#dns.quad9.net")
+	}
+	if _, ok := v.get("ca"); !ok && it.Scheme == Discover && it.unlisted() {
+		discover.warnf("no public authority certifies the address %s; if what is discovered has a certificate of your own "+
+			"authority, name that with ca", it.Host)
 	}
 	for _, key := range it.tls {
 		switch it.Scheme {
+		case Discover:
+			if strings.HasSuffix(key.path, ".client_cert") {
+				key.errorf("has no use with discover: it is shown to servers that the file names; write the server's own URL")
+			}
 		case UDP, TCP:
 			key.errorf("has no use with %s://, which has no certificates", it.Scheme)
 		case SDNS:
@@ -94,6 +118,66 @@ func (it *serverItem) readURL(v value) {
 	if plain && !it.loopback() {
 		v.warnf("questions leave unencrypted to %s", s)
 	}
+}
+
+// readDiscover reads the address of a server that is asked where its encrypted ones are, RFC 9462; it.Scheme stays empty
+// if there is a mistake.
+func (it *serverItem) readDiscover(v value) {
+	s, ok := v.text("an address such as 192.0.2.1")
+	if !ok {
+		return
+	}
+	addr, err := parseDiscover(s)
+	switch {
+	case it.bootstrap:
+		v.errorf("a bootstrap server is asked as it stands, and nothing is discovered for it; write its address, such as 9.9.9.9 " +
+			"or tls://9.9.9.9#dns.quad9.net")
+		return
+	case err != nil:
+		v.errorf("%v", err)
+		return
+	}
+	host := addr.Addr().String()
+	it.Place, it.Scheme, it.Host, it.Port, it.VerifyName = v.place(), Discover, host, addr.Port(), host
+	it.URL = string(Discover) + "://" + addr.String()
+	if addr.Port() == defaultPorts[Discover] {
+		it.URL = strings.TrimSuffix(it.URL, ":53")
+	}
+}
+
+// unlisted reports whether the server's address is one that many networks have, so that public authorities do not certify it.
+func (it *serverItem) unlisted() bool {
+	addr, ok := it.address()
+	return ok && slices.ContainsFunc(slices.Concat(private, loopback), func(p netip.Prefix) bool { return p.Contains(addr.Addr()) })
+}
+
+// parseDiscover reads an address, or an address and a port.
+func parseDiscover(s string) (netip.AddrPort, error) {
+	u := rawURL{}
+	addr, err := netip.ParseAddr(s)
+	if err != nil {
+		if strings.Contains(s, "://") {
+			return netip.AddrPort{}, fmt.Errorf("want an address such as 192.0.2.1 without a scheme, got %s; "+
+				"a server whose protocol is known goes into url", quote(s))
+		}
+		if err := u.splitHost(s, s); err != nil {
+			return netip.AddrPort{}, err
+		}
+		if addr, err = netip.ParseAddr(u.host); err != nil {
+			return netip.AddrPort{}, fmt.Errorf("%s is not an address, and a name will not do: what is discovered is verified by a "+
+				"certificate for the very address that was asked (RFC 9462, section 4.2)", quote(u.host))
+		}
+	}
+	addr = addr.Unmap()
+	switch {
+	case addr.IsUnspecified() || addr.IsMulticast() || addr == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		return netip.AddrPort{}, fmt.Errorf("%s is not the address of one server", quote(addr.String()))
+	case u.hasPort && u.port == 0:
+		return netip.AddrPort{}, errors.New("port 0 is out of range; want 1 to 65535")
+	case !u.hasPort:
+		u.port = defaultPorts[Discover]
+	}
+	return netip.AddrPortFrom(addr, u.port), nil
 }
 
 // parse fills in Scheme, Host, Port, Path and VerifyName.
@@ -218,10 +302,21 @@ const (
 	defaultDeadline = 3 * time.Second
 )
 
+// The settings of a breaker.
+const (
+	defaultOpenAfter = 3
+	defaultProbe     = 2 * time.Second
+	defaultMaxProbe  = time.Minute
+	minProbe         = 100 * time.Millisecond // a server that is down is not asked more often than that
+	maxProbe         = 24 * time.Hour
+)
+
 // groupItem is a Group while it is being read.
 type groupItem struct {
 	Group
-	pick value // zero if the key is not there
+	pick     value // zero if the key is not there
+	hedge    value // zero if the key is not there
+	maxProbe bool  // breaker.max_probe is there
 }
 
 var groupKeys = newTable("upstreams.*",
@@ -253,6 +348,69 @@ var groupKeys = newTable("upstreams.*",
 	entry[groupItem]{"deadline", func(v value, g *groupItem) {
 		if d, ok := v.duration(minDeadline, maxDeadline); ok {
 			g.Deadline = d
+		}
+	}},
+	entry[groupItem]{"hedge", readHedge},
+	entry[groupItem]{"breaker", func(v value, g *groupItem) {
+		if breakerKeys.decode(v, g) && g.Breaker.MaxProbe < g.Breaker.Probe && !v.l.mistakeIn(v.path+".") {
+			v.errorf("max_probe (%s) is shorter than probe (%s)", formatDuration(g.Breaker.MaxProbe), formatDuration(g.Breaker.Probe))
+		}
+	}},
+	entry[groupItem]{"private", func(v value, g *groupItem) {
+		if yes, ok := v.boolean(); ok {
+			g.Private = yes
+		}
+	}},
+)
+
+// readHedge reads `hedge`. That it is shorter than the deadline is checked when both are known.
+func readHedge(v value, g *groupItem) {
+	const want = "auto, never, or a duration such as 250ms"
+	s, ok := v.text(want)
+	if !ok {
+		return
+	}
+	switch s {
+	case "auto":
+		g.Hedge, g.hedge = Hedge{}, v
+		return
+	case "never":
+		g.Hedge, g.hedge = Hedge{Never: true}, v
+		return
+	}
+	if s == "" || s[0] != '-' && (s[0] < '0' || s[0] > '9') {
+		hint := didYouMean(s, []string{"auto", "never"})
+		if s == "off" || s == "false" || s == "no" {
+			hint = `; did you mean "never"?`
+		}
+		v.errorf("want %s, got %s%s", want, quote(s), hint)
+		return
+	}
+	switch d, err := parseDuration(s); {
+	case isNumber(s) && s != "0":
+		v.errorf("needs a unit; did you mean %sms?", s)
+	case err != nil:
+		v.errorf("%v", err)
+	case d == 0:
+		v.errorf("%s would ask two servers each time; pick: race asks all servers of a tier at once", quote(s))
+	default:
+		g.Hedge, g.hedge = Hedge{After: d}, v
+	}
+}
+
+var breakerKeys = newTable("upstreams.*.breaker",
+	entry[groupItem]{"open_after", func(v value, g *groupItem) { v.into(&g.Breaker.OpenAfter, 1, 100) }},
+	entry[groupItem]{"probe", func(v value, g *groupItem) {
+		if d, ok := v.duration(minProbe, maxProbe); ok {
+			g.Breaker.Probe = d
+			if !g.maxProbe {
+				g.Breaker.MaxProbe = max(g.Breaker.MaxProbe, d)
+			}
+		}
+	}},
+	entry[groupItem]{"max_probe", func(v value, g *groupItem) {
+		if d, ok := v.duration(minProbe, maxProbe); ok {
+			g.Breaker.MaxProbe, g.maxProbe = d, true
 		}
 	}},
 )
@@ -297,7 +455,8 @@ func (it *Server) same(other Server) bool {
 
 func newGroup(name string, place Place) groupItem {
 	return groupItem{Group: Group{Name: name, Place: place, Pick: Fastest, Deadline: defaultDeadline,
-		NextOn: NextOn{Timeout: true, Connect: true, ServFail: true, Refused: true}}}
+		NextOn:  NextOn{Timeout: true, Connect: true, ServFail: true, Refused: true},
+		Breaker: Breaker{OpenAfter: defaultOpenAfter, Probe: defaultProbe, MaxProbe: defaultMaxProbe}}}
 }
 
 // readUpstreams reads `upstreams`: a list of servers is the first tier of the group "default"; a mapping has groups.
@@ -310,8 +469,11 @@ func readUpstreams(v value, d *draft) {
 	}
 	hasDefault := v.n.field(DefaultGroup) != nil
 	for _, f := range v.n.fields {
-		switch item := v.child(f); {
-		case slices.Contains(tables["upstreams.*"], f.name):
+		d.declared = append(d.declared, f.name)
+		item := v.child(f)
+		isGroup := f.value.field("try") != nil // whatever its name, "private" for one
+		switch {
+		case !isGroup && slices.Contains(tables["upstreams.*"], f.name):
 			item.atKey().errorf("%q is a key of a group; write upstreams: {default: {%s: ...}}", f.name, f.name)
 			hasDefault = true
 		case slices.Contains(tables["upstreams.*.try[][]"], f.name):
@@ -321,13 +483,10 @@ func readUpstreams(v value, d *draft) {
 			item.errorf("has no value")
 		default:
 			readGroup(item, f.name, d)
-			if f.name != DefaultGroup && hasDefault {
-				item.atKey().errorf(`the group %q never gets a question: only "default" is asked`, f.name)
-			}
 		}
 	}
 	if !hasDefault {
-		v.errorf(`there is no group "default", which answers every question`)
+		v.errorf(`there is no group "default", which gets every question that no rule sends to another group`)
 	}
 }
 
@@ -356,6 +515,10 @@ func readGroup(v value, name string, d *draft) {
 		groupKeys.decode(v, &g)
 		if _, ok := v.get("try"); !ok {
 			v.errorf("the key \"try\" is missing, such as try: [tls://9.9.9.9#dns.quad9.net]")
+		}
+		if g.Hedge.After >= g.Deadline {
+			g.hedge.errorf("%s is not shorter than the group's deadline (%s): no server would ever be asked early",
+				quote(g.hedge.n.text), formatDuration(g.Deadline))
 		}
 	}
 	d.groups = append(d.groups, g)
@@ -414,13 +577,18 @@ func readBootstrap(v value, d *draft) {
 // checkUpstreams finds upstreams whose host cannot be found, and loops.
 func (d *draft) checkUpstreams() {
 	var byAddress, byName []Server
+	closed := false // there are servers that have an address and are not asked for names
 	for _, g := range d.groups {
 		for _, s := range slices.Concat(g.Tiers...) {
 			if _, ok := s.address(); !ok {
 				byName = append(byName, s)
 			} else {
 				d.checkLoop(s)
-				if s.Scheme != SDNS && !slices.ContainsFunc(byAddress, s.same) {
+				// Who is closed to the world's names, as a private group may be, is not asked for them unless told. Nor does a
+				// server answer that is only asked where others are.
+				finds := s.Scheme != SDNS && s.Scheme != Discover && (!g.Private || g.Name == DefaultGroup)
+				closed = closed || !finds && s.Scheme != SDNS
+				if finds && !slices.ContainsFunc(byAddress, s.same) {
 					byAddress = append(byAddress, s)
 				}
 			}
@@ -433,6 +601,9 @@ func (d *draft) checkUpstreams() {
 		if g.pick.n != nil && !slices.ContainsFunc(g.Tiers, func(t []Server) bool { return len(t) > 1 }) {
 			g.pick.warnf("has no effect: no tier of the group has more than one server")
 		}
+		if g.hedge.n != nil && len(g.Tiers) == 1 && len(g.Tiers[0]) == 1 && g.Tiers[0][0].Scheme != Discover {
+			g.hedge.warnf("has no effect: the group has one server")
+		}
 	}
 	switch {
 	case d.bootstrap.n != nil:
@@ -443,21 +614,26 @@ func (d *draft) checkUpstreams() {
 		d.cfg.Bootstrap = byAddress
 	case !d.l.mistakeIn("upstreams", "fallback"):
 		for _, s := range byName {
-			d.errorAt(s.Place, "%s", noBootstrap(s))
+			d.errorAt(s.Place, "%s", noBootstrap(s, closed))
 		}
 	}
 }
 
-// noBootstrap says what to write instead of a host name that nobody can look up.
-func noBootstrap(s Server) string {
+// noBootstrap says what to write instead of a host name that nobody can look up. closed says that there are upstreams with
+// an address, and none that is asked for names.
+func noBootstrap(s Server, closed bool) string {
+	nobody := "no upstream has an address"
+	if closed {
+		nobody = "those upstreams that have an address are private, or only discover others"
+	}
 	if s.Host == "localhost" {
 		return `"localhost" is a name that has to be looked up; write 127.0.0.1`
 	}
 	if s.Scheme == SDNS {
 		return "the stamp has no address, and no upstream has one that could find its name; add bootstrap: [9.9.9.9]"
 	}
-	return fmt.Sprintf("%q has to be looked up, and no upstream has an address; add bootstrap: [9.9.9.9], "+
-		"or write the server's address and the name behind it, as in tls://9.9.9.9#dns.quad9.net", s.Host)
+	return fmt.Sprintf("%q has to be looked up, and %s; add bootstrap: [9.9.9.9], "+
+		"or write the server's address and the name behind it, as in tls://9.9.9.9#dns.quad9.net", s.Host, nobody)
 }
 
 // checkLoop reports a server that is one of our own listeners, which would ask itself until the deadline.
@@ -467,7 +643,7 @@ func (d *draft) checkLoop(s Server) {
 		return
 	}
 	networks := map[Scheme][]string{UDP: {"udp"}, TCP: {"tcp"}, TLS: {"tcp"}, HTTPS: {"tcp"}, H3: {"udp"}, QUIC: {"udp"},
-		SDNS: {"udp", "tcp"}}[s.Scheme]
+		SDNS: {"udp", "tcp"}, Discover: {"udp", "tcp"}}[s.Scheme]
 	for i := range d.listen {
 		l := &d.listen[i]
 		ip := l.Addr.Addr()

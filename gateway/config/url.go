@@ -33,7 +33,8 @@ var otherSchemes = map[string]Scheme{
 }
 
 // defaultPorts are the ports of RFC 1035, RFC 7858, RFC 8484 and RFC 9250.
-var defaultPorts = map[Scheme]uint16{DNS: 53, UDP: 53, TCP: 53, TLS: 853, HTTPS: 443, H3: 443, QUIC: 853}
+var defaultPorts = map[Scheme]uint16{DNS: 53, UDP: 53, TCP: 53, TLS: 853, HTTPS: 443, H3: 443, QUIC: 853,
+	Discover: 53}
 
 var errNoScheme = errors.New("no scheme")
 
@@ -128,6 +129,9 @@ func parseScheme(scheme, whole string, schemes []string) (Scheme, error) {
 	}
 	rest := whole[len(scheme):]
 	switch other, ok := otherSchemes[low]; {
+	case low == string(Discover) && slices.Contains(schemes, string(SDNS)):
+		return "", fmt.Errorf("a server that says where its encrypted ones are is written as {discover: %s}",
+			strings.TrimPrefix(rest, "://"))
 	case low == "h3" || ok && other == H3 && !slices.Contains(schemes, "h3"):
 		return "", fmt.Errorf(`HTTP/3 belongs to an https:// listener: {url: %s, http: [h1, h2, h3]}`, quote("https"+rest))
 	case ok && slices.Contains(schemes, string(other)):

@@ -3,11 +3,13 @@ package config
 import (
 	"encoding/base64"
 	"net/netip"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 )
 
 // server returns what tests compare of a Server.
@@ -137,6 +139,34 @@ func TestUpstreamServers(t *testing.T) {
 	}
 }
 
+func TestDiscover(t *testing.T) {
+	tests := []struct {
+		address, url string
+		want         Server
+	}{
+		{"192.0.2.1", "discover://192.0.2.1", server(Discover, "192.0.2.1", 53, "", "192.0.2.1")},
+		{"192.0.2.1:53", "discover://192.0.2.1", server(Discover, "192.0.2.1", 53, "", "192.0.2.1")},
+		{"192.0.2.1:5353", "discover://192.0.2.1:5353", server(Discover, "192.0.2.1", 5353, "", "192.0.2.1")},
+		{"2001:DB8::1", "discover://[2001:db8::1]", server(Discover, "2001:db8::1", 53, "", "2001:db8::1")},
+		{"[2001:db8::1]", "discover://[2001:db8::1]", server(Discover, "2001:db8::1", 53, "", "2001:db8::1")},
+		{"[2001:db8::1]:5353", "discover://[2001:db8::1]:5353", server(Discover, "2001:db8::1", 5353, "", "2001:db8::1")},
+		{"::ffff:192.0.2.1", "discover://192.0.2.1", server(Discover, "192.0.2.1", 53, "", "192.0.2.1")},
+	}
+	for _, tt := range tests {
+		cfg, err := parse(t, "upstreams: [{discover: "+quote(tt.address)+"}]\n")
+		if err != nil || len(cfg.Warnings) > 0 {
+			t.Errorf("%s: %v", tt.address, err)
+			continue
+		}
+		if got := cfg.Upstreams[0].Tiers[0][0].URL; got != tt.url {
+			t.Errorf("%s: got URL %s, want %s", tt.address, got, tt.url)
+		}
+		if d := cmp.Diff(tiers(cfg.Upstreams[0]), [][]Server{{tt.want}}, sameConfig); d != "" {
+			t.Errorf("%s (-got +want):\n%s", tt.address, d)
+		}
+	}
+}
+
 func TestServerObject(t *testing.T) {
 	sum := [32]byte{1, 2, 3}
 	pin := "sha256/" + base64.StdEncoding.EncodeToString(sum[:])
@@ -210,6 +240,142 @@ func TestGroups(t *testing.T) {
 			t.Errorf("got %+v, want the first tier of the default and the file's fallback", got)
 		}
 	})
+}
+
+func TestRules(t *testing.T) {
+	below := func(values ...string) []Name { return []Name{{Match: Below, Values: values}} }
+	octets := func(from, to int, zone string) (all []string) {
+		for i := from; i <= to; i++ {
+			all = append(all, strconv.Itoa(i)+"."+zone)
+		}
+		return all
+	}
+	tests := []struct {
+		name string // as in the file
+		want []Name
+	}{
+		{"corp.internal", below("corp.internal")},
+		{"Corp.INTERNAL.", below("corp.internal")},
+		{"internal", below("internal")},
+		{"_sip._tcp.example", below("_sip._tcp.example")},
+		{"xn--bcher-kva.example", below("xn--bcher-kva.example")},
+		{"0/25.2.0.192.in-addr.arpa", below("0/25.2.0.192.in-addr.arpa")},
+		{".", below("")},
+		{"=corp.Internal.", []Name{{Match: Exact, Values: []string{"corp.internal"}}}},
+		{"=.", []Name{{Match: Exact, Values: []string{""}}}},
+		{`'/^ads?[0-9]*\./'`, []Name{{Match: Regexp, Values: []string{`^ads?[0-9]*\.`}}}},
+		{"/a/b/", []Name{{Match: Regexp, Values: []string{"a/b"}}}},
+		{`'/(?i)ADS\S/'`, []Name{{Match: Regexp, Values: []string{`(?i)ADS\S`}}}},
+		{"[a, b]", append(below("a"), below("b")...)},
+		{"10.0.0.0/8", below("10.in-addr.arpa")},
+		{"192.168.0.0/16", below("168.192.in-addr.arpa")},
+		{"192.0.2.0/24", below("2.0.192.in-addr.arpa")},
+		{"192.0.2.7", below("7.2.0.192.in-addr.arpa")},
+		{"192.0.2.7/32", below("7.2.0.192.in-addr.arpa")},
+		{"0.0.0.0/0", below("in-addr.arpa")},
+		{"172.16.0.0/12", below(octets(16, 31, "172.in-addr.arpa")...)},
+		{"128.0.0.0/1", below(octets(128, 255, "in-addr.arpa")...)},
+		{"192.0.2.254/31", below("254.2.0.192.in-addr.arpa", "255.2.0.192.in-addr.arpa")},
+		{"'fd00::/8'", below("d.f.ip6.arpa")},
+		{"'fc00::/7'", below("c.f.ip6.arpa", "d.f.ip6.arpa")},
+		{"'2001:db8::/34'", below("0.8.b.d.0.1.0.0.2.ip6.arpa", "1.8.b.d.0.1.0.0.2.ip6.arpa", "2.8.b.d.0.1.0.0.2.ip6.arpa",
+			"3.8.b.d.0.1.0.0.2.ip6.arpa")},
+		{"'2001:db8::1'", below("1." + strings.Repeat("0.", 23) + "8.b.d.0.1.0.0.2.ip6.arpa")},
+		{"'::/0'", below("ip6.arpa")},
+	}
+	for _, tt := range tests {
+		text := "upstreams: {default: [tls://9.9.9.9], corp: {try: tls://10.0.0.53, private: true}}\n" +
+			"rules: [{if: {name: " + tt.name + "}, use: corp}]\n"
+		cfg, err := parse(t, text)
+		if err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+			continue
+		}
+		want := []Rule{{Names: tt.want, Use: "corp"}}
+		if d := cmp.Diff(cfg.Rules, want, sameConfig, cmpopts.IgnoreFields(Name{}, "Text")); d != "" {
+			t.Errorf("%s (-got +want):\n%s", tt.name, d)
+		}
+	}
+}
+
+// TestRulesTogether has rules that may stand side by side.
+func TestRulesTogether(t *testing.T) {
+	const upstreams = "upstreams:\n  default: [tls://9.9.9.9]\n  corp: {try: tls://10.0.0.53, private: true}\n" +
+		"  lab: {try: tls://10.0.1.53, private: true}\n  other: [tls://1.1.1.1]\n"
+	tests := []struct{ name, rules string }{
+		{"narrower first", "{if: {name: a.test}, use: other}, {if: {name: test}, use: default}"},
+		{"narrower first in one list", "{if: {name: [a.test, =test, test]}, use: other}"},
+		{"narrower private group", "{if: {name: lab.corp.internal}, use: lab}, {if: {name: corp.internal}, use: corp}"},
+		{"private inside of another", "{if: {name: corp.example}, use: corp}, {if: {name: [example, .]}, use: other}"},
+		{"exact is not below", "{if: {name: =corp.example}, use: corp}, {if: {name: [a.corp.example, corp.example]}, use: other}"},
+		{"exact before the name", "{if: {name: =corp.example}, use: other}, {if: {name: corp.test}, use: corp}"},
+		{"a label is whole", "{if: {name: internal}, use: corp}, {if: {name: notinternal}, use: other}"},
+		{"private expression first", "{if: {name: /^secret/}, use: corp}, {if: {name: [example, =x.test, /x/]}, use: other}"},
+		{"expression that does not match", "{if: {name: /^a/}, use: other}, {if: {name: =b.example}, use: corp}"},
+		{"wider network", "{if: {name: [10.0.0.0/9, 10.0.0.0/8]}, use: corp}"},
+	}
+	for _, tt := range tests {
+		cfg, err := parse(t, upstreams+"rules: [{if: {name: r1.invalid}, use: corp}, {if: {name: r2.invalid}, use: lab}, "+
+			"{if: {name: =r3.invalid}, use: other}, "+tt.rules+"]\n")
+		if err != nil || len(cfg.Warnings) > 0 {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+	}
+}
+
+func TestGroupSettings(t *testing.T) {
+	breaker := Breaker{OpenAfter: 3, Probe: 2 * time.Second, MaxProbe: time.Minute}
+	tests := []struct {
+		keys string
+		want Group
+	}{
+		{"", Group{Breaker: breaker}},
+		{"hedge: auto", Group{Breaker: breaker}},
+		{"hedge: never", Group{Breaker: breaker, Hedge: Hedge{Never: true}}},
+		{"hedge: 250ms", Group{Breaker: breaker, Hedge: Hedge{After: 250 * time.Millisecond}}},
+		{"private: true", Group{Breaker: breaker, Private: true}},
+		{"private: false", Group{Breaker: breaker}},
+		{"breaker: {}", Group{Breaker: breaker}},
+		{"breaker: {open_after: 100}", Group{Breaker: Breaker{OpenAfter: 100, Probe: 2 * time.Second, MaxProbe: time.Minute}}},
+		{"breaker: {probe: 5m}", Group{Breaker: Breaker{OpenAfter: 3, Probe: 5 * time.Minute, MaxProbe: 5 * time.Minute}}},
+		{"breaker: {max_probe: 2s, probe: 100ms}", Group{Breaker: Breaker{OpenAfter: 3, Probe: 100 * time.Millisecond,
+			MaxProbe: 2 * time.Second}}},
+	}
+	for _, tt := range tests {
+		cfg, err := parse(t, "upstreams: {default: {try: [tls://9.9.9.9, tls://1.1.1.1], "+tt.keys+"}}\nfallback: tls://9.9.9.10\n")
+		if err != nil || len(cfg.Warnings) > 0 {
+			t.Errorf("%s: %v", tt.keys, err)
+			continue
+		}
+		g := cfg.Upstreams[0]
+		if d := cmp.Diff(Group{Hedge: g.Hedge, Breaker: g.Breaker, Private: g.Private}, tt.want, sameConfig); d != "" {
+			t.Errorf("%s (-got +want):\n%s", tt.keys, d)
+		}
+	}
+}
+
+// TestFallbackIsOfDefault proves that no other group gets the tiers of `fallback`, least of all a private one.
+func TestFallbackIsOfDefault(t *testing.T) {
+	cfg, err := parse(t, "fallback: tls://9.9.9.9\nupstreams:\n  corp: {try: tls://10.0.0.53, private: true}\n  default: [tls://1.1.1.1]\n"+
+		"rules: [{if: {name: corp.internal}, use: corp}]\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if corp, other := cfg.Upstreams[0], cfg.Upstreams[1]; corp.Name != "corp" || len(corp.Tiers) != 1 || len(other.Tiers) != 2 {
+		t.Errorf("got %+v, want the second tier in the group default only", cfg.Upstreams)
+	}
+}
+
+// TestPrivateServersFindNoNames proves that the names of upstreams are not looked up at a private server.
+func TestPrivateServersFindNoNames(t *testing.T) {
+	cfg, err := parse(t, "upstreams:\n  corp: {try: tls://10.0.0.53, private: true}\n  default: [tls://dns.quad9.net, tls://1.1.1.1]\n"+
+		"rules: [{if: {name: corp.internal}, use: corp}]\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(cfg.Bootstrap) != 1 || cfg.Bootstrap[0].Host != "1.1.1.1" {
+		t.Errorf("got bootstrap %+v, want 1.1.1.1 alone", cfg.Bootstrap)
+	}
 }
 
 func TestDurations(t *testing.T) {

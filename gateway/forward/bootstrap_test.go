@@ -20,14 +20,14 @@ import (
 func addresses(ttl uint32, addrs ...string) play {
 	return func(_ context.Context, q *query) (*dns.Msg, error) {
 		m := new(dns.Msg)
-		m.SetReply(&dns.Msg{Question: []dns.Question{q.asked}})
-		h := dns.RR_Header{Name: q.asked.Name, Rrtype: q.asked.Qtype, Class: dns.ClassINET, Ttl: ttl}
+		m.SetReply(&dns.Msg{Question: []dns.Question{askedOf(q)}})
+		h := dns.RR_Header{Name: askedOf(q).Name, Rrtype: askedOf(q).Qtype, Class: dns.ClassINET, Ttl: ttl}
 		for _, a := range addrs {
 			ip := net.ParseIP(a)
 			switch {
-			case q.asked.Qtype == dns.TypeA && ip.To4() != nil:
+			case askedOf(q).Qtype == dns.TypeA && ip.To4() != nil:
 				m.Answer = append(m.Answer, &dns.A{Hdr: h, A: ip})
-			case q.asked.Qtype == dns.TypeAAAA && ip.To4() == nil:
+			case askedOf(q).Qtype == dns.TypeAAAA && ip.To4() == nil:
 				m.Answer = append(m.Answer, &dns.AAAA{Hdr: h, AAAA: ip})
 			}
 		}
@@ -38,7 +38,7 @@ func addresses(ttl uint32, addrs ...string) play {
 // forFamily plays one of two scripts by the question's type.
 func forFamily(a, aaaa play) play {
 	return func(ctx context.Context, q *query) (*dns.Msg, error) {
-		if q.asked.Qtype == dns.TypeA {
+		if askedOf(q).Qtype == dns.TypeA {
 			return a(ctx, q)
 		}
 		return aaaa(ctx, q)

@@ -126,7 +126,7 @@ func TestClientFaults(t *testing.T) {
 		{"tls", wrongID, KindMismatch, "wrong ID"},
 		{"tls", wrongName, KindMismatch, "wrong question"},
 		{"tls", isQuery, KindMismatch, "not a response"},
-		{"tls", cutMessage, KindMalformed, "fewer records"},
+		{"tls", cutMessage, KindMalformed, "malformed"},
 		{"tls", cutFrame, KindIO, ""},
 		{"tls", reset, KindIO, "reset"},
 		{"tls", truncated, KindMismatch, "truncated"},
@@ -167,7 +167,7 @@ func TestClientFaults(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), limit)
 			defer cancel()
-			q := must(newQuery(question("name.test.")))
+			q := must(queryOf(question("name.test.")))
 			start := time.Now()
 			resp, err := c.ask(ctx, q)
 			if err == nil {
@@ -312,7 +312,7 @@ func TestStalledReplaced(t *testing.T) {
 			f.fault.Store(hang)
 			ctx, cancel := context.WithTimeout(t.Context(), stallAfter+100*time.Millisecond)
 			defer cancel()
-			if _, err := c.ask(ctx, must(newQuery(question("lost.test.")))); kindOf(err) != KindTimeout {
+			if _, err := c.ask(ctx, must(queryOf(question("lost.test.")))); kindOf(err) != KindTimeout {
 				t.Fatalf("got %v, want a timeout", err)
 			}
 			f.fault.Store(well)
@@ -396,7 +396,7 @@ func TestIdle(t *testing.T) {
 				r := new(dns.Msg)
 				r.SetReply(m)
 				r.SetEdns0(1232, false)
-				ka := &dns.EDNS0_TCP_KEEPALIVE{Code: dns.EDNS0TCPKEEPALIVE, Timeout: units}
+				ka := &dns.EDNS0_LOCAL{Code: dns.EDNS0TCPKEEPALIVE, Data: []byte{byte(units >> 8), byte(units)}}
 				r.IsEdns0().Option = append(r.IsEdns0().Option, ka)
 				return r
 			}
@@ -442,7 +442,7 @@ func TestIdle(t *testing.T) {
 func TestHangingDial(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var dials atomic.Int32
-		p := newPool(10*time.Second, func(ctx context.Context, _ func(func())) (link, error) {
+		p := newPool(environment{timeout: 10 * time.Second}, func(ctx context.Context, _ func(func())) (link, error) {
 			dials.Add(1)
 			<-ctx.Done()
 			return nil, classify(KindConnect, "dialling", ctx.Err())
@@ -466,7 +466,7 @@ func TestHangingDial(t *testing.T) {
 func TestBackoff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var dials atomic.Int32
-		p := newPool(time.Second, func(context.Context, func(func())) (link, error) {
+		p := newPool(environment{timeout: time.Second}, func(context.Context, func(func())) (link, error) {
 			dials.Add(1)
 			return nil, fault(KindConnect, "refused")
 		})
@@ -680,7 +680,7 @@ func TestLossyConnection(t *testing.T) {
 	}
 	answer := func(id uint16, q *query) {
 		m := new(dns.Msg)
-		m.SetReply(&dns.Msg{MsgHdr: dns.MsgHdr{Id: id}, Question: []dns.Question{q.asked}})
+		m.SetReply(&dns.Msg{MsgHdr: dns.MsgHdr{Id: id}, Question: []dns.Question{askedOf(q)}})
 		if err := l.deliver(must(m.Pack())); err != nil {
 			t.Error(err)
 		}

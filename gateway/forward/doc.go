@@ -5,16 +5,32 @@
 // about names: which group serves which question is the caller's business. Groups share nothing, so a question given
 // to one group can never reach another.
 //
-// What surprises a newcomer: a server that has not answered in its share of the deadline is not given up. The next one
-// is asked beside it, and the first good answer wins; so a name that is slow at every server still gets its answer, and
-// a server that is silent costs a client its share of the deadline and no more.
+// What surprises a newcomer: a server that has not answered in the usual time is not given up. The next one is asked
+// beside it, and the first good answer wins; so a name that is slow at every server still gets its answer, and a server
+// that is silent costs a client the time that nearly all its answers stay within, once.
+//
+// Questions and answers are bytes here: package wire reads what came, and *dns.Msg is only what the framework's interface
+// wants.
 //
 // The layers, from the top:
 //
-//	Group    tiers, picks, the deadline (search.go), health and probes (health.go)
+//	Group    tiers, picks, hedges, the deadline (search.go, hedge.go)
+//	server   what its answers have taught: latency, health, probes (health.go, latency.go)
 //	client   one server over one transport: ask(ctx, query); each is also a framework upstream.Upstream
+//	         a discoverClient asks those that an unencrypted resolver designates (discover.go)
 //	pool     a client's few connections: dialling, back-off, replacing what went silent, asking again what broke
 //	link     one connection: DoT and TCP (stream.go), DoH over HTTP/1.1, 2 and 3 (https.go), DoQ (quic.go)
+//
+// # The states of a server
+//
+//	unknown  nobody has asked it
+//	ok       closed, as circuit breakers call it
+//	suspect  half open: three questions in a row went without any answer, or too many were late, lost or broken. It gets
+//	         no questions until a probe has told, which begins at once
+//	failing  open: failures in a row, a probe in vain, or answers that other servers refuted. Probed every few seconds
+//
+// A failing server comes back when probes are answered as promptly as before. One that lost or broke questions has to
+// answer a row of them. Suspect and failing servers are the last resort: asked when no other has an answer.
 //
 // # What is ours and what is the framework's
 //

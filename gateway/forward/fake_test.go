@@ -392,6 +392,14 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Write(out)
 }
 
+// withoutOthers returns cfg for httptest, which adds a certificate of its own, and crypto/tls would prefer that where a
+// client sends no name.
+func withoutOthers(cfg *tls.Config) *tls.Config {
+	outer := cfg.Clone()
+	outer.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) { return cfg, nil }
+	return outer
+}
+
 func (f *fake) serveHTTPS() int {
 	s := httptest.NewUnstartedServer(f)
 	s.EnableHTTP2 = !f.http1
@@ -399,6 +407,7 @@ func (f *fake) serveHTTPS() int {
 	if f.http1 {
 		s.TLS.NextProtos = []string{"http/1.1"}
 	}
+	s.TLS = withoutOthers(s.TLS)
 	s.Config.ConnState = func(_ net.Conn, st http.ConnState) {
 		if st == http.StateNew {
 			f.conns.Add(1)

@@ -1,6 +1,7 @@
 package forward
 
 import (
+	"context"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -80,7 +81,12 @@ func faultOnce(t *testing.T, first, second Server, n int) faultResult {
 	if err != nil {
 		t.Fatal(err)
 	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var run sync.WaitGroup
+	run.Go(func() { g.Run(ctx) })
 	defer g.Close()
+	defer run.Wait()
+	defer cancel()
 	var (
 		wg   sync.WaitGroup
 		mu   sync.Mutex

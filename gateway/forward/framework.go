@@ -11,6 +11,8 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"dnsgateway/gateway/wire"
+
 	"github.com/AdguardTeam/dnsproxy/upstream"
 	"github.com/ameshkov/dnsstamps"
 	"github.com/miekg/dns"
@@ -64,7 +66,7 @@ func (c *frameworkClient) ExchangeContext(ctx context.Context, req *dns.Msg) (*d
 }
 
 // ask implements client. When its context ends first, the framework's call goes on by itself until its own timeout.
-func (c *frameworkClient) ask(ctx context.Context, q *query) (*dns.Msg, error) {
+func (c *frameworkClient) ask(ctx context.Context, q *query) (*wire.Answer, error) {
 	if err := c.enter(); err != nil {
 		return nil, err
 	}
@@ -88,10 +90,11 @@ func (c *frameworkClient) ask(ctx context.Context, q *query) (*dns.Msg, error) {
 		if o.err != nil {
 			return nil, classify(KindIO, "exchange", o.err)
 		}
-		if o.resp != nil && o.resp.Truncated {
+		a, err := q.checkMessage(o.resp)
+		if err == nil && a.Truncated() {
 			return nil, mismatch("truncated, over TCP too")
 		}
-		return q.checkMessage(o.resp)
+		return a, err
 	case <-ctx.Done():
 		if state.CompareAndSwap(0, 2) {
 			c.abandoned.Add(1)

@@ -1,6 +1,7 @@
 package forward
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/tls"
@@ -12,8 +13,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
+
+	"dnsgateway/gateway/wire"
 
 	"github.com/AdguardTeam/dnsproxy/upstream"
 	"github.com/miekg/dns"
@@ -22,7 +24,7 @@ import (
 // Server says where an upstream server is and how to know that it is the right one.
 type Server struct {
 	URL        string           // as written: its name in messages, metrics and Status
-	Scheme     string           // tls, https, h3, quic, udp, tcp or sdns
+	Scheme     string           // tls, https, h3, quic, udp, tcp, sdns, or discover: what the resolver at Host designates
 	Host       string           // a host name or an IP address; empty for sdns
 	Port       uint16           // 0 means the scheme's own
 	Path       string           // https and h3; "" means /dns-query
@@ -31,7 +33,8 @@ type Server struct {
 	Pins       [][32]byte       // SHA-256 of SubjectPublicKeyInfo; one has to match besides the name and the roots
 	ClientCert *tls.Certificate // nil means none
 
-	tbsHashes [][]byte // a DNS stamp's: SHA-256 of a certificate's signed part
+	tbsHashes [][]byte     // a DNS stamp's: SHA-256 of a certificate's signed part
+	addrs     []netip.Addr // a designated resolver's: Host is then not looked up
 }
 
 // NextOn is the set of outcomes that move a question on to the next server.
@@ -61,9 +64,12 @@ type Config struct {
 	Pick      string        // "" means PickFastest
 	NextOn    NextOn        // the zero value means all of them
 	Deadline  time.Duration // 0 means DefaultDeadline
-	Bootstrap []Server      // servers by address that resolve the host names in Tiers, in order
-	Logger    *slog.Logger  // nil means none
-	Observer  Observer      // nil means none
+	Hedge     Hedge
+	Breaker   Breaker
+	Previous  *Group       // the group that this one replaces: what it knows of servers that stay is taken over; nil for none
+	Bootstrap []Server     // servers by address that resolve the host names in Tiers, in order
+	Logger    *slog.Logger // nil means none
+	Observer  Observer     // nil means none
 }
 
 // Observer counts what was asked of each server.
@@ -77,13 +83,22 @@ type ServerObserver interface {
 	// Done reports one exchange that took d. The rcode is the response's, or -1 when there is none; kind is then one of
 	// the Kind constants, else "".
 	Done(d time.Duration, rcode int, kind string)
+	// Hedge reports that the server is asked because another one is late.
+	Hedge()
+	// HedgeWon reports that the answer to such a query came first.
+	HedgeWon()
+	// State reports that the server is in another state: one of the State constants.
+	State(state string)
+	// Connections reports that so many connections were opened, or closed if it is negative.
+	Connections(delta int)
 }
 
 // The states of a server.
 const (
 	StateUnknown = "unknown" // not asked yet
 	StateOK      = "ok"
-	StateFailing = "failing" // left alone while another server is not failing
+	StateSuspect = "suspect" // left alone for a moment, until a probe has told: half open, as circuit breakers call it
+	StateFailing = "failing" // left alone while another server is ok: open
 )
 
 // ServerStatus is one server as its group sees it.
@@ -93,6 +108,7 @@ type ServerStatus struct {
 	State     string
 	LastError string        // why it failed last; stays after it recovered
 	Latency   time.Duration // decaying mean; 0 when unknown
+	High      time.Duration // what 98 % of the answers were faster than; 0 when unknown
 	Since     time.Time     // of the state; zero while unknown
 	Abandoned int           // calls into the framework that go on though nobody waits for them
 }
@@ -101,7 +117,7 @@ type ServerStatus struct {
 type client interface {
 	upstream.Upstream
 	// ask returns the checked response to q, or an *Error. It returns soon after ctx ends.
-	ask(ctx context.Context, q *query) (*dns.Msg, error)
+	ask(ctx context.Context, q *query) (*wire.Answer, error)
 }
 
 // Group is an ordered set of upstream servers that stand for each other.
@@ -112,9 +128,11 @@ type Group struct {
 	pick     string
 	nextOn   NextOn
 	deadline time.Duration
+	hedge    Hedge
+	budget   budget
+	searches sync.Pool // of *search
 	log      *slog.Logger
 	boot     *bootstrap // nil when no server has a host name
-	running  atomic.Bool
 
 	mu     sync.RWMutex // orders closed and calls.Add
 	closed bool
@@ -125,8 +143,10 @@ type Group struct {
 func NewGroup(cfg Config) (*Group, error) {
 	g := &Group{
 		name: cfg.Name, pick: cmp.Or(cfg.Pick, PickFastest), nextOn: cfg.NextOn,
-		deadline: cmp.Or(cfg.Deadline, DefaultDeadline), log: cfg.Logger,
+		deadline: cmp.Or(cfg.Deadline, DefaultDeadline), hedge: cfg.Hedge, log: cfg.Logger,
 	}
+	g.budget.Store(hedgeCap)
+	g.searches.New = newSearch
 	if g.nextOn == (NextOn{}) {
 		g.nextOn = NextOn{Timeout: true, Connect: true, ServFail: true, Refused: true}
 	}
@@ -138,6 +158,15 @@ func NewGroup(cfg Config) (*Group, error) {
 	if g.deadline < 0 {
 		errs = append(errs, fmt.Errorf("deadline %v is negative", g.deadline))
 	}
+	if g.hedge.After < 0 || g.hedge.Never && g.hedge.After > 0 {
+		errs = append(errs, fmt.Errorf("hedge %+v makes no sense", g.hedge))
+	}
+	cfg.Breaker.OpenAfter = cmp.Or(cfg.Breaker.OpenAfter, defaultOpenAfter)
+	cfg.Breaker.Probe = cmp.Or(cfg.Breaker.Probe, defaultProbe)
+	cfg.Breaker.MaxProbe = cmp.Or(cfg.Breaker.MaxProbe, max(defaultMaxProbe, cfg.Breaker.Probe))
+	if b := cfg.Breaker; b.OpenAfter < 0 || b.Probe < 0 || b.MaxProbe < b.Probe {
+		errs = append(errs, fmt.Errorf("breaker %+v makes no sense", b))
+	}
 	if !slices.Contains([]string{PickFastest, PickRandom, PickInOrder, PickRace, PickSticky}, g.pick) {
 		errs = append(errs, fmt.Errorf("unknown pick %q", g.pick))
 	}
@@ -146,7 +175,11 @@ func NewGroup(cfg Config) (*Group, error) {
 		errs = append(errs, err)
 	}
 	env := environment{timeout: g.deadline, boot: g.boot, log: g.log}
-	errs = append(errs, g.addTiers(cfg, func(s Server) (client, error) { return newClient(s, env) })...)
+	errs = append(errs, g.addTiers(cfg, func(s Server, obs ServerObserver) (client, error) {
+		env := env
+		env.count = obs.Connections
+		return newClient(s, env)
+	})...)
 	if len(errs) > 0 {
 		return nil, errors.Join(errs...)
 	}
@@ -154,20 +187,28 @@ func NewGroup(cfg Config) (*Group, error) {
 }
 
 // addTiers makes the servers of cfg with open.
-func (g *Group) addTiers(cfg Config, open func(Server) (client, error)) (errs []error) {
+func (g *Group) addTiers(cfg Config, open func(Server, ServerObserver) (client, error)) (errs []error) {
 	for i, tier := range cfg.Tiers {
 		var servers []*server
-		for _, s := range tier {
-			c, err := open(s)
-			if err != nil {
-				errs = append(errs, fmt.Errorf("%s: %w", s.URL, err))
-				continue
-			}
+		for _, spec := range tier {
 			var obs ServerObserver = noObserver{}
 			if cfg.Observer != nil {
-				obs = cfg.Observer.Server(cfg.Name, s.URL)
+				obs = cfg.Observer.Server(cfg.Name, spec.URL)
 			}
-			servers = append(servers, newServer(s.URL, i+1, c, obs, g.log))
+			c, err := open(spec, obs)
+			if err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", spec.URL, err))
+				continue
+			}
+			s := newServer(spec, i+1, c, obs, cfg.Breaker, g.log)
+			s.alone = g.allAway
+			if cfg.Previous != nil {
+				if old := cfg.Previous.find(spec); old != nil {
+					s.inherit(old)
+				}
+			}
+			obs.State(s.state)
+			servers = append(servers, s)
 		}
 		if len(tier) == 0 {
 			errs = append(errs, fmt.Errorf("tier %d is empty", i+1))
@@ -181,15 +222,40 @@ func (g *Group) addTiers(cfg Config, open func(Server) (client, error)) (errs []
 	return errs
 }
 
+// allAway reports whether no server is in use.
+func (g *Group) allAway() bool {
+	return !slices.ContainsFunc(g.servers, func(s *server) bool { return !s.away.Load() })
+}
+
+// find returns the group's server that is the same as spec, or nil.
+func (g *Group) find(spec Server) *server {
+	for _, s := range g.servers {
+		if s.spec.same(spec) {
+			return s
+		}
+	}
+	return nil
+}
+
+// same reports whether s and o are the same server, asked in the same way.
+func (s Server) same(o Server) bool {
+	return s.URL == o.URL && s.Scheme == o.Scheme && s.Host == o.Host && s.Port == o.Port && s.Path == o.Path &&
+		s.VerifyName == o.VerifyName && slices.Equal(s.Pins, o.Pins) && (s.Roots == nil) == (o.Roots == nil) &&
+		(s.Roots == nil || s.Roots.Equal(o.Roots)) && (s.ClientCert == nil) == (o.ClientCert == nil) &&
+		(s.ClientCert == nil || slices.EqualFunc(s.ClientCert.Certificate, o.ClientCert.Certificate, bytes.Equal))
+}
+
 type noObserver struct{}
 
 func (noObserver) Done(time.Duration, int, string) {}
+func (noObserver) Hedge()                          {}
+func (noObserver) HedgeWon()                       {}
+func (noObserver) State(string)                    {}
+func (noObserver) Connections(int)                 {}
 
 // Run probes failing servers and keeps the addresses of servers fresh until ctx ends. It returns when all that it
 // started has ended. A group works without it: then a client's question is now and then spent on a failing server.
 func (g *Group) Run(ctx context.Context) error {
-	g.running.Store(true)
-	defer g.running.Store(false)
 	var wg sync.WaitGroup
 	for _, s := range g.servers {
 		wg.Go(func() { s.watch(ctx, g.deadline) })
@@ -201,15 +267,24 @@ func (g *Group) Run(ctx context.Context) error {
 	return nil
 }
 
-// Exchange asks the group's servers and returns a checked response to req with req's ID and question. A response of any
-// RCODE is one; the error says that no server gave any, and is a *NoAnswerError, or that ctx was cancelled. It returns
-// by the group's deadline, or ctx's when that is sooner. It does not modify req and keeps nothing of it.
+// Ask asks the group's servers and returns a checked response to q. A response of any RCODE is one; the error says that
+// no server gave any, and is a *NoAnswerError, or that ctx was cancelled. It returns by the group's deadline, or ctx's
+// when that is sooner. It keeps nothing of q, and the response is the caller's.
+func (g *Group) Ask(ctx context.Context, q wire.Question) (*wire.Answer, error) {
+	return g.ask(ctx, newQuery(q))
+}
+
+// Exchange is Ask for messages. The response has req's ID and question; req is not modified.
 func (g *Group) Exchange(ctx context.Context, req *dns.Msg) (*dns.Msg, error) {
-	q, err := newQuery(req)
+	q, err := queryOf(req)
 	if err != nil {
 		return nil, err
 	}
-	return g.ask(ctx, q)
+	a, err := g.ask(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	return messageOf(a, req)
 }
 
 // enter counts a call that Close has to wait for.
@@ -256,12 +331,16 @@ type environment struct {
 	timeout time.Duration // bounds a dial and every exchange of Upstream.Exchange
 	boot    *bootstrap    // nil when host names cannot be resolved
 	log     *slog.Logger
+	count   func(int) // told of connections opened and closed
 }
 
 // newClient returns the client for s.
 func newClient(s Server, env environment) (client, error) {
-	if s.Scheme == "sdns" {
+	switch s.Scheme {
+	case "sdns":
 		return newStampClient(s, env)
+	case "discover":
+		return newDiscoverClient(s, env)
 	}
 	t, err := newTarget(&s, env)
 	if err != nil {
@@ -299,6 +378,10 @@ func newTarget(s *Server, env environment) (*target, error) {
 	s.VerifyName = strings.TrimSuffix(cmp.Or(s.VerifyName, s.Host), ".")
 	s.Path = cmp.Or(strings.TrimSuffix(s.Path, "{?dns}"), "/dns-query") // RFC 8484, section 4.1: a URI template
 	t := &target{host: s.Host, port: s.Port}
+	if len(s.addrs) > 0 {
+		t.fixed = interleave(s.addrs, s.Port)
+		return t, nil
+	}
 	if a, err := netip.ParseAddr(s.Host); err == nil {
 		t.fixed = []netip.AddrPort{netip.AddrPortFrom(a.Unmap(), s.Port)}
 		return t, nil

@@ -2,6 +2,7 @@ package forward
 
 import (
 	"bytes"
+	stdcmp "cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"dnsgateway/gateway/wire"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/miekg/dns"
@@ -25,13 +28,28 @@ type script struct {
 	n    atomic.Int32
 }
 
-func (s *script) ask(ctx context.Context, q *query) (*dns.Msg, error) {
+func (s *script) ask(ctx context.Context, q *query) (*wire.Answer, error) {
 	s.n.Add(1)
 	s.mu.Lock()
 	play := s.play
 	s.mu.Unlock()
-	return play(ctx, q)
+	m, err := play(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	m.Response = true
+	return q.checkMessage(m)
 }
+
+// watched makes g's servers look probed.
+func watched(g *Group) {
+	for _, s := range g.servers {
+		s.watched.Store(true)
+	}
+}
+
+// askedOf returns q's question.
+func askedOf(q *query) dns.Question { return q.message().Question[0] }
 
 func (s *script) set(play func(ctx context.Context, q *query) (*dns.Msg, error)) {
 	s.mu.Lock()
@@ -52,9 +70,9 @@ func says(name string, rcode int, d time.Duration) play {
 			return nil, classify(KindIO, "waiting", ctx.Err())
 		}
 		m := new(dns.Msg)
-		m.SetRcode(&dns.Msg{MsgHdr: dns.MsgHdr{Id: q.id}, Question: []dns.Question{q.asked}}, rcode)
+		m.SetRcode(&dns.Msg{MsgHdr: dns.MsgHdr{Id: 0}, Question: []dns.Question{askedOf(q)}}, rcode)
 		if rcode == dns.RcodeSuccess {
-			m.Answer = []dns.RR{&dns.TXT{Hdr: dns.RR_Header{Name: q.asked.Name, Rrtype: dns.TypeTXT}, Txt: []string{name}}}
+			m.Answer = []dns.RR{&dns.TXT{Hdr: dns.RR_Header{Name: askedOf(q).Name, Rrtype: dns.TypeTXT}, Txt: []string{name}}}
 		}
 		m.SetEdns0(1232, false)
 		return m, nil
@@ -79,6 +97,15 @@ func mute(ctx context.Context, _ *query) (*dns.Msg, error) {
 func scripted(t *testing.T, cfg Config, tiers string) (*Group, map[string]*script) {
 	t.Helper()
 	scripts := make(map[string]*script)
+	return assembled(t, cfg, tiers, func(s Server, _ ServerObserver) (client, error) {
+		scripts[s.URL] = &script{name: s.URL, play: says(s.URL, dns.RcodeSuccess, 0)}
+		return scripts[s.URL], nil
+	}), scripts
+}
+
+// assembled returns a group of servers with clients that open makes; tiers are separated by "|" in names.
+func assembled(t *testing.T, cfg Config, tiers string, open func(Server, ServerObserver) (client, error)) *Group {
+	t.Helper()
 	for tier := range strings.SplitSeq(tiers, "|") {
 		var servers []Server
 		for name := range strings.FieldsSeq(tier) {
@@ -100,13 +127,15 @@ func scripted(t *testing.T, cfg Config, tiers string) (*Group, map[string]*scrip
 	if g.log == nil {
 		g.log = slog.New(slog.DiscardHandler)
 	}
-	if errs := g.addTiers(cfg, func(s Server) (client, error) {
-		scripts[s.URL] = &script{name: s.URL, play: says(s.URL, dns.RcodeSuccess, 0)}
-		return scripts[s.URL], nil
-	}); len(errs) > 0 {
+	cfg.Breaker.OpenAfter = stdcmp.Or(cfg.Breaker.OpenAfter, defaultOpenAfter)
+	cfg.Breaker.Probe = stdcmp.Or(cfg.Breaker.Probe, defaultProbe)
+	cfg.Breaker.MaxProbe = stdcmp.Or(cfg.Breaker.MaxProbe, defaultMaxProbe)
+	g.hedge, g.searches.New = cfg.Hedge, newSearch
+	g.budget.Store(hedgeCap)
+	if errs := g.addTiers(cfg, open); len(errs) > 0 {
 		t.Fatal(errs)
 	}
-	return g, scripts
+	return g
 }
 
 // TestSearch plays one question against scripted servers, in the time of a bubble.
@@ -168,6 +197,7 @@ func TestSearch(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
+				tt.cfg.Hedge.Never = true
 				g, scripts := scripted(t, tt.cfg, tt.tiers)
 				defer g.Close()
 				for name, p := range tt.plays {
@@ -229,7 +259,7 @@ func TestCancel(t *testing.T) {
 func TestBreaker(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var logged bytes.Buffer
-		g, scripts := scripted(t, Config{Logger: slog.New(slog.NewTextHandler(&logged, nil))}, "a | b")
+		g, scripts := scripted(t, Config{Logger: slog.New(slog.NewTextHandler(&logged, nil)), Hedge: Hedge{Never: true}}, "a | b")
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() { done <- g.Run(ctx) }()
@@ -245,7 +275,7 @@ func TestBreaker(t *testing.T) {
 		}
 		ask("a")
 		scripts["a"].set(mute)
-		for range openAfter {
+		for range defaultOpenAfter {
 			if d := ask("b"); d != time.Second {
 				t.Errorf("took %v, want the longest patience, 1s", d)
 			}
@@ -268,7 +298,7 @@ func TestBreaker(t *testing.T) {
 			t.Errorf("got %d probes of up to 3s in 20s, want one every 2s after the last", got)
 		}
 		scripts["a"].set(says("a", 0, 0))
-		time.Sleep(firstProbe + DefaultDeadline + time.Second)
+		time.Sleep(defaultProbe + DefaultDeadline + time.Second)
 		ask("a")
 		cancel()
 		if err := <-done; err != nil {
@@ -313,7 +343,7 @@ func TestAllFailing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g, scripts := scripted(t, Config{}, "a | b")
 		defer g.Close()
-		g.running.Store(true) // as if probed
+		watched(g)
 		scripts["a"].set(fails(KindConnect, 0))
 		scripts["b"].set(fails(KindConnect, 0))
 		for range 5 {
@@ -342,7 +372,7 @@ func TestSlowNameIsNoFailure(t *testing.T) {
 		g, scripts := scripted(t, Config{}, "a | b")
 		defer g.Close()
 		scripts["a"].set(func(ctx context.Context, q *query) (*dns.Msg, error) {
-			if q.asked.Name == "slow.test." {
+			if askedOf(q).Name == "slow.test." {
 				return mute(ctx, q)
 			}
 			return says("a", 0, time.Millisecond)(ctx, q)
@@ -377,7 +407,7 @@ func TestServFailCounts(t *testing.T) {
 	}{
 		{"broken everywhere", says("", dns.RcodeServerFailure, 0), 50, StateUnknown},
 		{"one name broken at a", says("b", 0, 0), 1, StateUnknown},
-		{"many names broken at a", says("b", 0, 0), openAfterServFail, StateFailing},
+		{"many names broken at a", says("b", 0, 0), openAfterRefuted, StateFailing},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -492,10 +522,11 @@ type counter struct {
 }
 
 func (c *counter) Server(group, server string) ServerObserver {
-	return &handle{c, group + " " + server}
+	return &handle{c: c, name: group + " " + server}
 }
 
 type handle struct {
+	noObserver
 	c    *counter
 	name string
 }
@@ -509,7 +540,7 @@ func (h *handle) Done(_ time.Duration, rcode int, kind string) {
 func TestObserver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := &counter{seen: map[string]int{}}
-		g, scripts := scripted(t, Config{Name: "g", Observer: c}, "a | b | c")
+		g, scripts := scripted(t, Config{Name: "g", Observer: c, Hedge: Hedge{Never: true}}, "a | b | c")
 		defer g.Close()
 		scripts["a"].set(fails(KindTLS, 0))
 		scripts["b"].set(mute)
@@ -601,10 +632,6 @@ func TestExchangeAfterClose(t *testing.T) {
 
 var discard = slog.New(slog.DiscardHandler)
 
-func instant(m *dns.Msg) play {
-	return func(context.Context, *query) (*dns.Msg, error) { return m, nil }
-}
-
 // TestSettled holds that failing servers get one share of the time, and no more, once a response is at hand, and that
 // they can still better it.
 func TestSettled(t *testing.T) {
@@ -639,15 +666,16 @@ func TestSettled(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				g, scripts := scripted(t, Config{NextOn: tt.nextOn}, tt.tiers)
+				g, scripts := scripted(t, Config{NextOn: tt.nextOn, Hedge: Hedge{Never: true}}, tt.tiers)
 				defer g.Close()
-				g.running.Store(true) // as if probed
+				watched(g)
 				for name, p := range tt.plays {
 					scripts[name].set(p)
 				}
 				for _, s := range g.servers {
 					if strings.Contains(tt.failing, s.url) {
 						s.state = StateFailing
+						s.away.Store(true)
 					}
 				}
 				start := time.Now()
@@ -665,16 +693,16 @@ func TestSettled(t *testing.T) {
 
 // TestPatientProbes counts the tries of a failing server before the time between them grows.
 func TestPatientProbes(t *testing.T) {
-	// check wants the first patientProbes of gaps to be firstProbe, and the next one twice that.
+	// check wants the first patientProbes of gaps to be defaultProbe, and the next one twice that.
 	check := func(t *testing.T, gaps []time.Duration) {
 		t.Helper()
 		if len(gaps) <= patientProbes {
 			t.Fatalf("got tries after %v, want more", gaps)
 		}
 		for i, gap := range gaps[:patientProbes+1] {
-			want := firstProbe
+			want := defaultProbe
 			if i == patientProbes {
-				want = 2 * firstProbe
+				want = 2 * defaultProbe
 			}
 			if gap < want*8/10 || gap > want*12/10 {
 				t.Errorf("try %d came after %v, want about %v", i+1, gap, want)
@@ -700,13 +728,13 @@ func TestPatientProbes(t *testing.T) {
 			synctest.Wait()
 			var gaps []time.Duration
 			scripts["a"].set(refusing(&gaps))
-			for range openAfter {
+			for range defaultOpenAfter {
 				g.Exchange(t.Context(), question("name.test."))
 			}
 			time.Sleep(30 * time.Second)
 			cancel()
 			<-done
-			check(t, gaps[openAfter:])
+			check(t, gaps[defaultOpenAfter:])
 		})
 	})
 	t.Run("asked", func(t *testing.T) {
@@ -715,14 +743,14 @@ func TestPatientProbes(t *testing.T) {
 			defer g.Close()
 			var gaps []time.Duration
 			scripts["a"].set(refusing(&gaps))
-			for range openAfter {
+			for range defaultOpenAfter {
 				g.Exchange(t.Context(), question("name.test."))
 			}
 			for range 3000 {
 				time.Sleep(10 * time.Millisecond)
 				g.Exchange(t.Context(), question("name.test."))
 			}
-			check(t, gaps[openAfter:])
+			check(t, gaps[defaultOpenAfter:])
 		})
 	})
 	t.Run("name stays broken", func(t *testing.T) {
@@ -733,15 +761,16 @@ func TestPatientProbes(t *testing.T) {
 			done := make(chan error)
 			go func() { done <- g.Run(ctx) }()
 			synctest.Wait()
-			rootProbes := 0
+			rootProbes, asked := 0, 0
 			scripts["a"].set(func(ctx context.Context, q *query) (*dns.Msg, error) {
-				if q.asked.Name == "." {
+				if askedOf(q).Name == "." {
 					rootProbes++
 					return says("a", 0, 0)(ctx, q)
 				}
+				asked++
 				return says("", dns.RcodeServerFailure, 0)(ctx, q)
 			})
-			for i := range openAfterServFail {
+			for i := range openAfterRefuted {
 				g.Exchange(t.Context(), question(fmt.Sprintf("n%d.test.", i)))
 			}
 			for range 60 {
@@ -751,8 +780,8 @@ func TestPatientProbes(t *testing.T) {
 			}
 			cancel()
 			<-done
-			if rootProbes != patientProbes+1 {
-				t.Errorf("well after %d probes, want %d in vain and one more", rootProbes, patientProbes)
+			if inVain := asked - openAfterRefuted - 1; rootProbes != 1 || inVain != patientProbes {
+				t.Errorf("well after %d probes, want %d in vain and one more", inVain, patientProbes)
 			}
 		})
 	})

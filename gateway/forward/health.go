@@ -10,20 +10,42 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/miekg/dns"
+	"dnsgateway/gateway/wire"
 )
 
-const (
-	// openAfter is how many failures in a row make a server failing.
-	openAfter = 3
-	// openAfterServFail is how many SERVFAILs in a row make one failing, each for another name than the last and each
-	// refuted by a good answer of another server. It is higher, because a name can be broken for one server alone.
-	openAfterServFail = 8
+// Breaker says when a server is left alone and how it comes back. The zero value of a field means its default.
+type Breaker struct {
+	OpenAfter int           // failures in a row that make a server failing; 3
+	Probe     time.Duration // between the probes of a failing server; 2 s
+	MaxProbe  time.Duration // what that time grows to; 60 s
+}
 
-	// A failing server is probed every firstProbe; after patientProbes of them the time doubles up to maxProbe.
-	firstProbe    = 2 * time.Second
-	maxProbe      = 60 * time.Second
+const (
+	defaultOpenAfter = 3
+	defaultProbe     = 2 * time.Second
+	defaultMaxProbe  = 60 * time.Second
+
+	// openAfterRefuted is how many SERVFAILs, REFUSEDs or unreadable answers in a row make a server failing, each for
+	// another name than the last and each refuted by a good answer of another server. It is higher, because a name can
+	// be broken for one server alone.
+	openAfterRefuted = 8
+	// patientProbes is after how many probes the time between them begins to double.
 	patientProbes = 8
+
+	// lateWeight is the share of one query in lateShare, and lossyShare the lateShare that makes a server suspect. In
+	// normal times it is about 1/hedgeShare, and its deviation a tenth of lossyShare.
+	lateWeight = 1.0 / 32
+	lossyShare = 0.15
+	// lossyProbes is how many probes in a row a server has to answer that lost queries: with 30 % lost, one in 35 such
+	// rows succeeds.
+	lossyProbes = 10
+	// probePause is the time between the probes of such a row.
+	probePause = 10 * time.Millisecond
+	// relapseWithin is how soon after its recovery trouble counts as the same trouble: then more probes are asked for.
+	relapseWithin = 10 * time.Second
+	maxRelapses   = 2
+	// quickProbe is the least time for a probe over a connection that may be dead.
+	quickProbe = 100 * time.Millisecond
 
 	// latencyWeight is the share of a new sample in the decaying mean.
 	latencyWeight = 0.2
@@ -31,140 +53,291 @@ const (
 	latencyHalfLife = 20 * time.Second
 )
 
+// trouble is why a server is suspect or failing. It decides what a probe has to show.
+type trouble uint8
+
+const (
+	troubleErrors  trouble = iota // failures in a row
+	troubleSilent                 // queries in a row without any answer
+	troubleLossy                  // too many queries late, lost or broken
+	troubleRefuted                // answers that another server refuted
+)
+
 // server is one upstream server: its client and what is remembered about it.
 type server struct {
-	url    string
-	seed   uint64 // of the URL, for PickSticky
-	tier   int    // from 1
-	client client
-	obs    ServerObserver
-	log    *slog.Logger
+	spec    Server
+	url     string
+	seed    uint64 // of the URL, for PickSticky
+	tier    int    // from 1
+	client  client
+	stream  *pool // the client's, where it may be able to send a query without waiting; else nil
+	obs     ServerObserver
+	log     *slog.Logger
+	breaker Breaker
 
-	flying atomic.Int32  // queries in flight
-	wake   chan struct{} // has a value after the server became failing; watch takes it
+	flying  atomic.Int32 // queries in flight
+	away    atomic.Bool  // suspect or failing
+	high    atomic.Int64 // what nearly all answers are faster than, as a time.Duration; 0 while unknown
+	hedge   atomic.Int64 // the same within minHedge and maxHedge
+	watched atomic.Bool  // watch runs
+	alone   func() bool  // reports whether all servers of the group are away
+	wake    chan struct{}
 
-	mu          sync.Mutex
+	mu sync.Mutex
+	memory
+}
+
+// memory is what a server's answers have taught. It outlives a reload.
+type memory struct {
 	state       string
+	why         trouble // of suspect and failing
 	since       time.Time
-	fails       int // in a row
-	servFails   int // refuted ones in a row
-	servFailed  *query
-	byServFail  bool // what made it failing
+	fails       int     // in a row
+	unanswered  int     // late queries in a row since which nothing came at all
+	lateShare   float64 // decaying share of the queries that were late, lost or broken
+	refutals    int     // in a row
+	refutedBy   *query  // the last of them
+	relapses    int     // recoveries in a row that did not last
 	lastAnswer  time.Time
 	lastErr     string
 	latency     float64 // decaying mean in nanoseconds
 	latencyTime time.Time
-	tries       int       // while failing: those that were, and the one that is due at retry
-	retry       time.Time // when a failing server is tried again
+	latencies   latencies
+	usual       time.Duration // the latency while it was well
+	tries       int           // while failing: those that were, and the one that is due at retry
+	retry       time.Time     // when a failing server is tried again
 }
 
-func newServer(url string, tier int, c client, obs ServerObserver, log *slog.Logger) *server {
-	return &server{url: url, seed: fnvLower(url), tier: tier, client: c, obs: obs, state: StateUnknown,
-		log: log.With("server", url, "tier", tier), wake: make(chan struct{}, 1)}
+func newServer(spec Server, tier int, c client, obs ServerObserver, b Breaker, log *slog.Logger) *server {
+	s := &server{spec: spec, url: spec.URL, seed: fnvLower(spec.URL), tier: tier, client: c, obs: obs, breaker: b,
+		log: log.With("server", spec.URL, "tier", tier), wake: make(chan struct{}, 1)}
+	if p, ok := c.(*poolClient); ok && p.streams {
+		s.stream = p.pool
+	}
+	s.state = StateUnknown
+	s.hedge.Store(int64(maxHedge))
+	return s
 }
 
-// answered notes a checked response that took d. A SERVFAIL is one: the server lives.
-func (s *server) answered(now time.Time, d time.Duration, resp *dns.Msg) {
+// inherit takes over what old, the same server of the group before, has learned.
+func (s *server) inherit(old *server) {
+	old.mu.Lock()
+	s.memory = old.memory
+	old.mu.Unlock()
+	s.high.Store(old.high.Load())
+	s.hedge.Store(old.hedge.Load())
+	if s.state == StateSuspect || s.state == StateFailing {
+		s.away.Store(true)
+		s.wake <- struct{}{}
+	}
+}
+
+// answered notes a checked response after d to a query that was sent at the time sent. A SERVFAIL is one: the server
+// lives. Late says that overdue has counted the query already.
+func (s *server) answered(now, sent time.Time, d time.Duration, rcode uint16, late bool) {
 	s.mu.Lock()
-	s.lastAnswer = now
-	s.sample(now, d)
-	s.fails = 0
-	if resp.Rcode != dns.RcodeServerFailure {
-		s.servFails, s.servFailed = 0, nil
-	} else if s.byServFail || s.state == StateUnknown {
-		s.mu.Unlock() // no sign of recovery
-		return
+	defer s.mu.Unlock()
+	s.lastAnswer, s.fails, s.unanswered = now, 0, 0
+	if !late {
+		s.lateShare -= s.lateShare * lateWeight
 	}
-	s.recover(now)
+	if rcode != wire.RcodeServFail && rcode != wire.RcodeRefused {
+		s.refutals, s.refutedBy = 0, nil
+	} else if s.state == StateUnknown {
+		return // no sign of health
+	}
+	switch s.state {
+	case StateUnknown:
+		s.recoverLocked(now)
+	case StateSuspect:
+		if s.why != troubleSilent || d > s.boundLocked() {
+			return
+		}
+		s.recoverLocked(now)
+	case StateFailing:
+		if sent.Before(s.since) || d > s.boundLocked() || s.why != troubleErrors && s.why != troubleSilent {
+			return // stragglers of before, and luck, are no recovery: the probes tell
+		}
+		s.recoverLocked(now)
+	}
+	s.sampleLocked(now, d)
 }
 
-// recover makes the server ok; s.mu is held and is released.
-func (s *server) recover(now time.Time) {
-	was := s.state
+// heard notes that an answer came that nobody waited for any more.
+func (s *server) heard(now, sent time.Time) {
+	s.answered(now, sent, now.Sub(sent), wire.RcodeSuccess, true)
+}
+
+// overdue notes that a query sent at the time sent has waited for longer than almost all others. It reports whether
+// something is wrong with the server, not with this name alone.
+func (s *server) overdue(now, sent time.Time) (wrong bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lateShare += (1 - s.lateShare) * lateWeight
+	if s.lastAnswer.Before(sent) {
+		s.unanswered++
+	} else {
+		s.unanswered = 0
+	}
+	switch {
+	case s.unanswered >= s.breaker.OpenAfter:
+		s.suspectLocked(now, troubleSilent, "no answers")
+		return true
+	case s.lateShare > lossyShare:
+		s.suspectLocked(now, troubleLossy, "too many queries without an answer in time")
+		return true
+	}
+	return s.lateShare > lossyShare/2 || s.away.Load()
+}
+
+// recoverLocked makes the server ok; s.mu is held.
+func (s *server) recoverLocked(now time.Time) {
+	was, down := s.state, now.Sub(s.since)
 	if was == StateOK {
-		s.mu.Unlock()
 		return
 	}
-	down := now.Sub(s.since)
-	s.state, s.since, s.byServFail, s.servFails, s.tries = StateOK, now, false, 0, 0
-	s.mu.Unlock()
-	if was == StateFailing {
+	s.state, s.since, s.tries, s.fails, s.unanswered, s.lateShare, s.refutals = StateOK, now, 0, 0, 0, 0, 0
+	s.away.Store(false)
+	s.obs.State(StateOK)
+	if was != StateUnknown {
 		s.log.Info("upstream recovered", "after", down.Round(time.Millisecond))
 	}
 }
 
-// failed notes an exchange that gave no response.
-func (s *server) failed(now time.Time, d time.Duration, err error) {
-	switch kindOf(err) {
-	case KindAbandoned, KindBusy, KindClosed, KindBackoff:
-		return // says nothing about the server
-	case KindMalformed:
-		// It lives. What cannot be read of this name may be the name's fault: refuted tells, as for a SERVFAIL.
-		s.mu.Lock()
-		s.lastAnswer, s.fails = now, 0
-		s.mu.Unlock()
+// suspectLocked takes the server out of use until watch has asked it; s.mu is held. Where nobody watches, a silent
+// server is failing at once, and a lossy one stays in use.
+func (s *server) suspectLocked(now time.Time, why trouble, text string) {
+	switch {
+	case s.away.Load():
+		return
+	case !s.watched.Load() && why == troubleSilent:
+		s.lastErr = text
+		s.failLocked(now, why)
+		return
+	case !s.watched.Load():
 		return
 	}
-	s.mu.Lock()
-	s.lastErr = err.Error()
-	s.sample(now, max(d, time.Duration(s.latency)))
-	s.fails++
-	s.openIf(now, s.fails >= openAfter, false)
+	s.leaveLocked(now, StateSuspect, why)
+	s.log.Info("upstream suspect", "why", text)
 }
 
-// silent notes an exchange that was overtaken after d without a response. It is a failure only if the server has
+// failLocked makes the server failing; s.mu is held.
+func (s *server) failLocked(now time.Time, why trouble) {
+	if s.state == StateFailing {
+		return
+	}
+	s.leaveLocked(now, StateFailing, why)
+	s.tries = 0
+	s.pauseLocked(now)
+	s.log.Warn("upstream failing", "err", s.lastErr)
+}
+
+func (s *server) leaveLocked(now time.Time, state string, why trouble) {
+	if s.state != StateSuspect { // else it is the same trouble that goes on
+		if s.state == StateOK && now.Sub(s.since) < relapseWithin {
+			s.relapses = min(s.relapses+1, maxRelapses)
+		} else {
+			s.relapses = 0
+		}
+		s.usual = time.Duration(s.latency)
+	}
+	s.state, s.why, s.since = state, why, now
+	s.away.Store(true)
+	s.obs.State(state)
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// boundLocked returns how long an answer may take that shows the server to be well; s.mu is held. A server that is slower
+// than it was is no help while others are well. Where none is, it may be the way there that has become long.
+func (s *server) boundLocked() time.Duration {
+	switch {
+	case s.alone():
+		return DefaultDeadline
+	case s.usual == 0:
+		return DefaultDeadline / 2
+	}
+	return max(maxHedge, 2*s.usual)
+}
+
+// failed notes an exchange that gave no response. Late says that overdue has counted the query already.
+func (s *server) failed(now time.Time, d time.Duration, err error, late bool) {
+	kind := kindOf(err)
+	switch kind {
+	case KindAbandoned, KindBusy, KindClosed, KindBackoff:
+		return // says nothing about the server
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if kind == KindMalformed {
+		// It lives. What cannot be read of this name may be the name's fault: refuted tells, as for a SERVFAIL.
+		s.lastAnswer, s.fails = now, 0
+		return
+	}
+	s.lastErr = err.Error()
+	s.meanLocked(now, max(d, time.Duration(s.latency)))
+	if s.fails++; s.fails >= s.breaker.OpenAfter {
+		s.failLocked(now, troubleErrors)
+	}
+	if late {
+		return
+	}
+	if s.lateShare += (1 - s.lateShare) * lateWeight; s.lateShare > lossyShare {
+		s.suspectLocked(now, troubleLossy, s.lastErr)
+	}
+}
+
+// silent notes an exchange that was given up after d without a response. It is a failure only if the server has
 // answered nothing else meanwhile: a name may be slow where the server is not.
 func (s *server) silent(now time.Time, d time.Duration) {
 	s.mu.Lock()
 	alive := s.lastAnswer.After(now.Add(-d))
 	s.mu.Unlock()
 	if !alive {
-		s.failed(now, d, fault(KindTimeout, "no answer within %v", d.Round(time.Millisecond)))
+		s.failed(now, d, fault(KindTimeout, "no answer within %v", d.Round(time.Millisecond)), true)
 	}
 }
 
-// refuted notes a SERVFAIL or a malformed answer for q where another server gave a good one.
+// refuted notes a SERVFAIL, a REFUSED or an unreadable answer for q where another server gave a good one.
 func (s *server) refuted(now time.Time, q *query) {
 	s.mu.Lock()
-	if s.servFailed != nil && s.servFailed.hash == q.hash {
-		s.mu.Unlock()
+	defer s.mu.Unlock()
+	if s.refutedBy != nil && s.refutedBy.hash == q.hash {
 		return
 	}
-	s.lastErr = "SERVFAIL or a malformed answer where another server has a good one"
-	s.servFails++
-	s.servFailed = q
-	s.openIf(now, s.servFails >= openAfterServFail, true)
-}
-
-// openIf makes the server failing if open; s.mu is held and is released.
-func (s *server) openIf(now time.Time, open, byServFail bool) {
-	if !open || s.state == StateFailing {
-		s.mu.Unlock()
-		return
+	s.lastErr = "SERVFAIL, REFUSED or an unreadable answer where another server has a good one"
+	s.refutedBy = q
+	if s.refutals++; s.refutals >= openAfterRefuted {
+		s.failLocked(now, troubleRefuted)
 	}
-	s.state, s.since, s.byServFail, s.tries = StateFailing, now, byServFail, 0
-	s.pauseLocked(now)
-	why := s.lastErr
-	s.mu.Unlock()
-	select {
-	case s.wake <- struct{}{}:
-	default:
-	}
-	s.log.Warn("upstream failing", "err", why)
 }
 
 // pauseLocked sets the time of the next try of a failing server, a tenth more or less, and counts that try.
 func (s *server) pauseLocked(now time.Time) {
-	d := firstProbe
+	d := s.breaker.Probe
 	if n := s.tries - patientProbes + 1; n > 0 {
-		d = min(maxProbe, firstProbe<<min(n, 6))
+		d = min(s.breaker.MaxProbe, d<<min(n, 10))
 	}
 	s.tries++
 	s.retry = now.Add(time.Duration(float64(d) * (0.9 + 0.2*rand.Float64())))
 }
 
-// sample puts d into the decaying mean; s.mu is held.
-func (s *server) sample(now time.Time, d time.Duration) {
+// sampleLocked learns from an answer after d; s.mu is held.
+func (s *server) sampleLocked(now time.Time, d time.Duration) {
+	s.meanLocked(now, d)
+	s.latencies.add(d)
+	// The histogram is read now and then only, and more often while it is new.
+	if n := s.latencies.total; n < fewSamples || n%32 == 0 {
+		high := s.latencies.high()
+		s.high.Store(int64(high))
+		s.hedge.Store(int64(min(max(high, minHedge), maxHedge)))
+	}
+}
+
+// meanLocked puts d into the decaying mean; s.mu is held.
+func (s *server) meanLocked(now time.Time, d time.Duration) {
 	old := s.fadedLocked(now)
 	switch {
 	case old == 0:
@@ -181,7 +354,11 @@ func (s *server) fadedLocked(now time.Time) float64 {
 	if s.latency == 0 {
 		return 0
 	}
-	return s.latency * math.Exp2(-float64(now.Sub(s.latencyTime))/float64(latencyHalfLife))
+	age := now.Sub(s.latencyTime)
+	if age < time.Second {
+		return s.latency // spares the exponential where queries are many
+	}
+	return s.latency * math.Exp2(-float64(age)/float64(latencyHalfLife))
 }
 
 // cost is what PickFastest compares: the time that a query would probably take.
@@ -192,64 +369,75 @@ func (s *server) cost(now time.Time) float64 {
 }
 
 // usable reports whether a query may be spent on the server now. Where nobody probes, one query in a while is.
-func (s *server) usable(now time.Time, probed bool) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.state != StateFailing {
+func (s *server) usable(now time.Time) bool {
+	if !s.away.Load() {
 		return true
 	}
-	if probed || now.Before(s.retry) {
+	if s.watched.Load() {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now.Before(s.retry) {
 		return false
 	}
 	s.pauseLocked(now)
 	return true
 }
 
-func (s *server) failing() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.state == StateFailing
-}
-
+// status returns the server as Status shows it.
 func (s *server) status() ServerStatus {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := ServerStatus{URL: s.url, Tier: s.tier, State: s.state, LastError: s.lastErr,
-		Latency: time.Duration(s.latency), Since: s.since}
+		Latency: time.Duration(s.latency), High: s.latencies.high(), Since: s.since}
 	if c, ok := s.client.(interface{ abandonedCalls() int }); ok {
 		st.Abandoned = c.abandonedCalls()
 	}
 	return st
 }
 
-// watch probes the server while it is failing, until ctx ends.
+// watch probes the server while it is suspect or failing, until ctx ends.
 func (s *server) watch(ctx context.Context, timeout time.Duration) {
+	s.watched.Store(true)
+	defer s.watched.Store(false)
 	for {
-		for s.failing() {
-			s.mu.Lock()
-			retry := s.retry
-			s.mu.Unlock()
-			if !sleep(ctx, time.Until(retry)) {
-				return
-			}
-			if !s.failing() {
-				break
-			}
-			well := s.probe(ctx, timeout)
-			s.mu.Lock()
-			if well {
-				s.fails = 0
-				s.recover(time.Now())
-			} else {
-				s.pauseLocked(time.Now())
-				s.mu.Unlock()
-			}
-		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-s.wake:
 		}
+		for s.away.Load() {
+			s.mu.Lock()
+			state, why, retry := s.state, s.why, s.retry
+			s.mu.Unlock()
+			if state == StateFailing && !sleep(ctx, time.Until(retry)) {
+				return
+			}
+			if !s.away.Load() {
+				break // a client's question has shown it to be well
+			}
+			well := s.verify(ctx, timeout, state, why)
+			if ctx.Err() != nil {
+				return
+			}
+			s.verified(time.Now(), well, why)
+		}
+	}
+}
+
+// verified notes the outcome of verify.
+func (s *server) verified(now time.Time, well bool, why trouble) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case !s.away.Load():
+	case well:
+		s.recoverLocked(now)
+	case s.state == StateSuspect:
+		s.failLocked(now, why)
+	default:
+		s.pauseLocked(now)
 	}
 }
 
@@ -265,55 +453,72 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// probe asks the server for the root's name servers, which every resolver has at hand. A server that is failing for its
-// SERVFAILs may have forwarded them; it is also well when it can now answer the question that it could not.
-func (s *server) probe(ctx context.Context, timeout time.Duration) bool {
-	s.mu.Lock()
-	strict, failed := s.byServFail, s.servFailed
-	s.mu.Unlock()
-	if !strict {
-		return s.probeWith(ctx, timeout, rootQuery, false)
+// verify probes the server and reports whether it is well. A first probe may take its time, because it may have to open
+// a connection; the next ones have to be answered as promptly as clients want it.
+func (s *server) verify(ctx context.Context, timeout time.Duration, state string, why trouble) bool {
+	if why == troubleRefuted {
+		return s.verifyAnswers(ctx, timeout)
 	}
-	return failed == nil || s.probeWith(ctx, timeout, failed, true) || s.probeWith(ctx, timeout, rootQuery, true) &&
-		s.tooLong()
-}
-
-// tooLong reports whether the server has been failing for so long that the name it failed on may itself be broken now.
-func (s *server) tooLong() bool {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.tries > patientProbes
+	bound, rounds := s.boundLocked(), 1
+	if why == troubleLossy {
+		rounds = lossyProbes << s.relapses
+	}
+	s.mu.Unlock()
+	// What was suspected may have been some slow names at once: then the connection that is open answers.
+	quick := min(bound, max(quickProbe, 4*time.Duration(s.hedge.Load())))
+	if state != StateSuspect || s.probe(ctx, quick, rootQuery) != nil {
+		if c, ok := s.client.(renewer); ok {
+			c.renew(quickProbe / 2)
+		}
+		if s.probe(ctx, min(timeout, 3*bound), rootQuery) != nil {
+			return false
+		}
+	}
+	for i := range rounds {
+		if i > 0 && !sleep(ctx, probePause) || s.probe(ctx, bound, rootQuery) != nil {
+			return false
+		}
+	}
+	return true
 }
 
-func (s *server) probeWith(ctx context.Context, timeout time.Duration, q *query, strict bool) bool {
+// verifyAnswers is verify for a server whose answers were refuted. It may have forwarded them; it is also well when it can
+// now answer the question that it could not.
+func (s *server) verifyAnswers(ctx context.Context, timeout time.Duration) bool {
+	s.mu.Lock()
+	failed, tooLong := s.refutedBy, s.tries > patientProbes // for so long that the name itself may be broken now
+	s.mu.Unlock()
+	return failed == nil || s.probe(ctx, timeout, failed) == nil || tooLong && s.probe(ctx, timeout, rootQuery) == nil
+}
+
+// probe asks the server for q.
+func (s *server) probe(ctx context.Context, timeout time.Duration, q *query) error {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	start := time.Now()
 	resp, err := s.client.ask(ctx, q)
-	if err != nil {
-		if !errors.Is(ctx.Err(), context.Canceled) {
-			s.obs.Done(time.Since(start), -1, kindOf(err))
-			s.mu.Lock()
-			s.lastErr = err.Error()
-			s.mu.Unlock()
-		}
-		return false
-	}
 	d := time.Since(start)
-	s.obs.Done(d, resp.Rcode, "")
-	s.mu.Lock()
-	s.sample(time.Now(), d)
-	s.mu.Unlock()
-	return !strict || resp.Rcode != dns.RcodeServerFailure
+	if err == nil {
+		s.obs.Done(d, int(resp.Rcode), "")
+		if q != rootQuery && (resp.Rcode == wire.RcodeServFail || resp.Rcode == wire.RcodeRefused) {
+			return errStillRefuted
+		}
+		s.mu.Lock()
+		s.lastAnswer = time.Now()
+		s.mu.Unlock()
+		return nil
+	}
+	if !errors.Is(ctx.Err(), context.Canceled) {
+		s.obs.Done(d, -1, kindOf(err))
+		s.mu.Lock()
+		s.lastErr = err.Error()
+		s.mu.Unlock()
+	}
+	return err
 }
 
-// rootQuery is ". NS".
-var rootQuery = func() *query {
-	m := new(dns.Msg)
-	m.SetQuestion(".", dns.TypeNS)
-	q, err := newQuery(m)
-	if err != nil {
-		panic("forward: the probe cannot be packed: " + err.Error())
-	}
-	return q
-}()
+var errStillRefuted = errors.New("SERVFAIL or REFUSED")
+
+// rootQuery is ". NS", which every resolver has at hand.
+var rootQuery = newQuery(wire.Question{Name: []byte{0}, Qtype: 2, Qclass: wire.ClassIN})

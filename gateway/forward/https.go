@@ -13,7 +13,8 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/miekg/dns"
+	"dnsgateway/gateway/wire"
+
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 )
@@ -66,7 +67,7 @@ func newHTTPSClient(s Server, t *target, env environment) *poolClient {
 		}
 		return newHTTPLink(ctx, conn.(*tls.Conn), to)
 	}
-	return &poolClient{identity{s.URL, env.timeout}, newPool(env.timeout, dial)}
+	return &poolClient{identity{s.URL, env.timeout}, newPool(env, dial), false}
 }
 
 // newHTTPLink makes conn an HTTP connection. The transport serves for nothing else: which connections there are is the
@@ -115,11 +116,11 @@ func newH3Client(s Server, t *target, env environment) *poolClient {
 		l.bornQUIC(conn, quic.ApplicationErrorCode(http3.ErrCodeNoError))
 		return l, nil
 	}
-	return &poolClient{identity{s.URL, env.timeout}, newPool(env.timeout, dial)}
+	return &poolClient{identity{s.URL, env.timeout}, newPool(env, dial), false}
 }
 
 // ask implements link.
-func (l *httpLink) ask(ctx context.Context, q *query) (*dns.Msg, error) {
+func (l *httpLink) ask(ctx context.Context, q *query) (*wire.Answer, error) {
 	// The ID is 0, RFC 8484, section 4.1: the exchange is known by its request.
 	body := q.appendTo(make([]byte, 0, q.size(padded)), 0, padded)
 	req := (&http.Request{
@@ -151,7 +152,7 @@ func (l *httpLink) ask(ctx context.Context, q *query) (*dns.Msg, error) {
 	return resp, err
 }
 
-func (l *httpLink) roundTrip(req *http.Request, q *query) (*dns.Msg, error) {
+func (l *httpLink) roundTrip(req *http.Request, q *query) (*wire.Answer, error) {
 	resp, err := l.conn.RoundTrip(req)
 	if err != nil {
 		return nil, classify(KindIO, "HTTP request", err)
@@ -170,28 +171,16 @@ func (l *httpLink) roundTrip(req *http.Request, q *query) (*dns.Msg, error) {
 	case len(msg) > maxMessage:
 		return nil, mismatch("body of more than %d octets", maxMessage)
 	}
-	m, err := q.check(msg, 0)
+	a, _, err := q.check(msg, 0)
 	switch {
 	case err != nil:
 		return nil, err
-	case m.Truncated:
+	case a.Truncated():
 		return nil, mismatch("truncated over HTTP")
 	}
-	age(m, resp.Header.Get("Age"))
-	return m, nil
-}
-
-// age takes off the TTLs what an HTTP cache has already used up, RFC 8484, section 5.1.
-func age(m *dns.Msg, header string) {
-	seconds, err := strconv.ParseUint(header, 10, 31)
-	if err != nil || seconds == 0 {
-		return
+	// What an HTTP cache on the way has already used up, RFC 8484, section 5.1.
+	if seconds, err := strconv.ParseUint(resp.Header.Get("Age"), 10, 31); err == nil {
+		a.Age(uint32(seconds))
 	}
-	for _, section := range [][]dns.RR{m.Answer, m.Ns, m.Extra} {
-		for _, rr := range section {
-			if h := rr.Header(); h.Rrtype != dns.TypeOPT {
-				h.Ttl -= min(h.Ttl, uint32(seconds))
-			}
-		}
-	}
+	return a, nil
 }

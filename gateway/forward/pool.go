@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"dnsgateway/gateway/wire"
+
 	"github.com/AdguardTeam/dnsproxy/upstream"
 	"github.com/miekg/dns"
 )
@@ -18,6 +20,8 @@ const (
 	maxLinks = 2
 	// maxDraining is how many more may be open because answers may still come on them.
 	maxDraining = 2
+	// maxConnections is how many connections may be open at once, those that are being opened included.
+	maxConnections = maxLinks + maxDraining
 	// spread is how many queries a connection takes before a second one is opened.
 	spread = 64
 	// stallAfter is how long a connection with queries in flight may bring nothing before it is replaced. Slow names
@@ -34,7 +38,7 @@ const (
 // link is one connection to a server. It is used by many goroutines at once.
 type link interface {
 	// ask returns the checked response to q, or an *Error, which is inside a *brokenError when the connection broke.
-	ask(ctx context.Context, q *query) (*dns.Msg, error)
+	ask(ctx context.Context, q *query) (*wire.Answer, error)
 	vitals() *pulse
 }
 
@@ -51,6 +55,7 @@ func (e *brokenError) Unwrap() error { return e.err }
 type pulse struct {
 	mu       sync.Mutex
 	kill     func(err error) // closes the connection, nil for idle; called once, without mu
+	buried   func()          // called after kill; nil for nothing
 	live     int             // queries in flight
 	served   bool            // it has brought an answer
 	proved   bool            // the pool has seen that
@@ -97,11 +102,25 @@ func (p *pulse) dieLocked(err error) bool {
 		p.dead, p.cause = true, err
 	}
 	p.timer.Stop()
+	buried := p.buried
 	p.mu.Unlock()
 	if first {
 		p.kill(err)
+		if buried != nil {
+			buried()
+		}
 	}
 	return first
+}
+
+// mourn has count called with 1 now and with -1 when the link has been closed.
+func (p *pulse) mourn(count func(int)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.dead {
+		p.buried = func() { count(-1) }
+		count(1)
+	}
 }
 
 // die closes the link because of err.
@@ -167,6 +186,7 @@ func (p *pulse) broken(err error) error {
 type pool struct {
 	dial  func(ctx context.Context, spawn func(func())) (link, error)
 	limit time.Duration // of a dial
+	count func(int)     // told of connections opened and closed
 
 	// life ends with close, not with a query: a connection is dialled for all who wait, and for those who come later.
 	life context.Context
@@ -192,15 +212,18 @@ type dialing struct {
 	err   error
 }
 
-func newPool(limit time.Duration, dial func(context.Context, func(func())) (link, error)) *pool {
-	p := &pool{dial: dial, limit: limit, grown: make(chan struct{})}
+func newPool(env environment, dial func(context.Context, func(func())) (link, error)) *pool {
+	p := &pool{dial: dial, limit: env.timeout, count: env.count, grown: make(chan struct{})}
+	if p.count == nil {
+		p.count = func(int) {}
+	}
 	p.life, p.end = context.WithCancel(context.Background())
 	return p
 }
 
 // ask sends q over one of the connections. When that breaks, and had been good before, q is asked once more over
 // another.
-func (p *pool) ask(ctx context.Context, q *query) (*dns.Msg, error) {
+func (p *pool) ask(ctx context.Context, q *query) (*wire.Answer, error) {
 	for again := true; ; again = false {
 		l, err := p.get(ctx)
 		if err != nil {
@@ -218,6 +241,16 @@ func (p *pool) ask(ctx context.Context, q *query) (*dns.Msg, error) {
 			return nil, b.err
 		}
 	}
+}
+
+// start sends c over one of the connections if one that can take it is open, and reports whether it did.
+func (p *pool) start(c *call) bool {
+	l, _, _, err := p.pick(c.start)
+	if err != nil {
+		return false
+	}
+	s, ok := l.(*streamLink)
+	return ok && s.start(c) == nil
 }
 
 // get returns a connection, and waits for one if none is open.
@@ -239,35 +272,70 @@ func (p *pool) get(ctx context.Context) (link, error) {
 	}
 }
 
-// pick returns the least busy connection, or what to wait for: the dial, or that there is a new connection. It starts a dial when there is need of one and none
-// is under way.
-func (p *pool) pick(now time.Time) (link, *dialing, <-chan struct{}, error) {
+// pick returns the least busy connection, or what to wait for: the dial, or that there is a new connection. It starts a
+// dial when there is need of one and none is under way.
+func (p *pool) pick(now time.Time) (best link, d *dialing, grown <-chan struct{}, err error) {
 	p.mu.Lock()
 	if p.closed {
 		p.mu.Unlock()
 		return nil, nil, nil, errClosed
 	}
 	best, load, doomed := p.sweep(now)
-	var err error
 	// A dial that hangs shall not keep out one that might succeed now.
 	free := p.dialing == nil || p.dials < maxLinks && now.Sub(p.dialing.start) > stallAfter
 	if free && (best == nil || load >= best.vitals().spread && len(p.links) < maxLinks) {
+		full := len(p.links)+len(p.draining)+p.dials >= maxConnections
 		switch {
+		case full && best == nil && len(p.draining) > 0:
+			// What may still come over the oldest is worth less than a connection that works. It is closed before.
+			oldest := p.draining[0]
+			p.draining = slices.Clone(p.draining[1:])
+			p.mu.Unlock()
+			bury(append(doomed, oldest))
+			return p.pick(now)
+		case full:
 		case !now.Before(p.retry):
 			p.startDial(now)
 		case best == nil && p.dialing == nil:
 			err = &Error{Kind: KindBackoff, Err: fmt.Errorf("too soon to try again after: %w", p.lastErr), retry: p.retry}
 		}
 	}
-	d, grown := p.dialing, p.grown
+	d, grown = p.dialing, p.grown
 	p.mu.Unlock()
-	for _, l := range doomed { // not under the lock: closing may take a moment
-		l.vitals().die(errStalled)
-	}
+	bury(doomed)
 	if best != nil {
 		return best, nil, nil, nil
 	}
 	return nil, d, grown, err
+}
+
+// bury closes links that went silent. The pool's lock is not held: closing may take a moment.
+func bury(doomed []link) {
+	for _, l := range doomed {
+		l.vitals().die(errStalled)
+	}
+}
+
+// renewer is a client with connections that can be replaced.
+type renewer interface {
+	// renew sets aside the connections on which answers are waited for and nothing has come for so long, so that the next
+	// query gets a new one. It reports whether there were such.
+	renew(quiet time.Duration) bool
+}
+
+func (p *pool) renew(quiet time.Duration) (any bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	for _, l := range p.links {
+		v := l.vitals()
+		v.mu.Lock()
+		if v.waiting && now.Sub(v.since) >= quiet {
+			v.draining, any = true, true // sweep does the rest
+		}
+		v.mu.Unlock()
+	}
+	return any
 }
 
 // sweep forgets dead connections and sets aside those that went silent. It returns the least busy one, its load, and
@@ -346,6 +414,7 @@ func (p *pool) startDial(now time.Time) {
 		case err != nil:
 			p.failed(time.Now(), err)
 		case !closed:
+			l.vitals().mourn(p.count)
 			p.links = append(p.links, l)
 			close(p.grown)
 			p.grown = make(chan struct{})
@@ -388,11 +457,15 @@ func (i identity) Address() string { return i.url }
 
 // exchange is Upstream.Exchange with a context for any client.
 func exchange(ctx context.Context, c client, req *dns.Msg) (*dns.Msg, error) {
-	q, err := newQuery(req)
+	q, err := queryOf(req)
 	if err != nil {
 		return nil, err
 	}
-	return c.ask(ctx, q)
+	a, err := c.ask(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	return messageOf(a, req)
 }
 
 // exchangeWithin is Upstream.Exchange for any client.
@@ -406,6 +479,7 @@ func exchangeWithin(timeout time.Duration, c client, req *dns.Msg) (*dns.Msg, er
 type poolClient struct {
 	identity
 	*pool
+	streams bool // its links are streams, so that pool.start works
 }
 
 var _ upstream.Upstream = (*poolClient)(nil)

@@ -9,7 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/miekg/dns"
+	"dnsgateway/gateway/wire"
 )
 
 // testLink is a link that answers at once.
@@ -23,19 +23,19 @@ func newTestLink() *testLink {
 
 func (l *testLink) vitals() *pulse { return &l.pulse }
 
-func (l *testLink) ask(context.Context, *query) (*dns.Msg, error) {
+func (l *testLink) ask(context.Context, *query) (*wire.Answer, error) {
 	if !l.begin() {
 		return nil, &brokenError{err: fault(KindIO, "connection closed"), again: true}
 	}
 	l.end(true)
-	return new(dns.Msg), nil
+	return new(wire.Answer), nil
 }
 
 // TestSecondDialServesAll holds that who waits for a dial that hangs takes the connection of a second one.
 func TestSecondDialServesAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var dials atomic.Int32
-		p := newPool(10*time.Second, func(ctx context.Context, _ func(func())) (link, error) {
+		p := newPool(environment{timeout: 10 * time.Second}, func(ctx context.Context, _ func(func())) (link, error) {
 			if dials.Add(1) == 1 {
 				<-ctx.Done()
 				return nil, classify(KindConnect, "dialling", ctx.Err())
@@ -63,7 +63,7 @@ func TestBackoffForgets(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var well atomic.Bool
 		var dials atomic.Int32
-		p := newPool(time.Second, func(context.Context, func(func())) (link, error) {
+		p := newPool(environment{timeout: time.Second}, func(context.Context, func(func())) (link, error) {
 			dials.Add(1)
 			if !well.Load() {
 				return nil, fault(KindConnect, "refused")
@@ -125,9 +125,7 @@ func TestKeepaliveAtOnce(t *testing.T) {
 		near, far := net.Pipe()
 		defer far.Close()
 		l := newStreamLink(near, keepalive, func(f func()) { go f() })
-		r := new(dns.Msg)
-		r.SetEdns0(1232, false)
-		r.IsEdns0().Option = []dns.EDNS0{&dns.EDNS0_TCP_KEEPALIVE{Code: dns.EDNS0TCPKEEPALIVE, Timeout: 5}}
+		r := []byte{0, 15, 0, 2, 0, 9, 0, byte(optionKeepalive), 0, 2, 0, 5} // behind an extended DNS error
 		time.Sleep(time.Second)
 		start := time.Now()
 		l.mu.Lock()

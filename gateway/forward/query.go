@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 
+	"dnsgateway/gateway/wire"
+
 	"github.com/miekg/dns"
 )
 
@@ -30,45 +32,50 @@ const (
 	keepalive                  // RFC 7828: over TCP and DoT, never over UDP, DoH or DoQ (RFC 9250, section 5.5.2)
 )
 
-// query is one question as it goes out, packed once for all servers that it is sent to. It is never written to after
-// newQuery, and so is shared by all attempts.
+// query is one question as it goes out, packed once for all servers that it is sent to. It is never written to after it
+// was made, and so is shared by all attempts.
 type query struct {
-	id       uint16       // the caller's, put into the response
-	asked    dns.Question // as the caller spelled it
-	flags    uint16       // RD, AD and CD
+	flags    uint16 // RD, AD and CD
 	do       bool
 	question []byte // QNAME, QTYPE and QCLASS in wire form
 	hash     uint64 // of the lower-case QNAME
 }
 
-// newQuery takes from req what is sent upstream: the question, RD, AD, CD and DO. Everything else that a client said
+// newQuery returns the query for question, of which it keeps nothing. RD is set, and AD, which asks for an AD bit in the
+// response (RFC 6840, section 5.7).
+func newQuery(question wire.Question) *query {
+	q := &query{flags: flagRD | flagAD, do: question.DO, hash: fnvLower(question.Name)}
+	if question.CD {
+		q.flags |= flagCD
+	}
+	q.question = make([]byte, 0, len(question.Name)+4)
+	q.question = append(q.question, question.Name...)
+	q.question = binary.BigEndian.AppendUint16(q.question, question.Qtype)
+	q.question = binary.BigEndian.AppendUint16(q.question, question.Qclass)
+	return q
+}
+
+// queryOf takes from req what is sent upstream: the question, RD, AD, CD and DO. Everything else that a client said
 // (EDNS options, records) stays here.
-func newQuery(req *dns.Msg) (*query, error) {
+func queryOf(req *dns.Msg) (*query, error) {
 	if len(req.Question) != 1 {
 		return nil, fmt.Errorf("request has %d questions, want 1", len(req.Question))
 	}
-	q := &query{id: req.Id, asked: req.Question[0]}
-	if req.RecursionDesired {
-		q.flags |= flagRD
-	}
-	if req.AuthenticatedData {
-		q.flags |= flagAD
-	}
-	if req.CheckingDisabled {
-		q.flags |= flagCD
-	}
-	if opt := req.IsEdns0(); opt != nil {
-		q.do = opt.Do()
-	}
+	asked := req.Question[0]
 	buf := make([]byte, 260)
-	n, err := dns.PackDomainName(dns.Fqdn(q.asked.Name), buf, 0, nil, false)
+	n, err := dns.PackDomainName(dns.Fqdn(asked.Name), buf, 0, nil, false)
 	if err != nil {
 		return nil, fmt.Errorf("packing question: %w", err)
 	}
-	q.hash = fnvLower(buf[:n])
-	binary.BigEndian.PutUint16(buf[n:], q.asked.Qtype)
-	binary.BigEndian.PutUint16(buf[n+2:], q.asked.Qclass)
-	q.question = buf[:n+4]
+	opt := req.IsEdns0()
+	q := newQuery(wire.Question{Name: buf[:n], Qtype: asked.Qtype, Qclass: asked.Qclass, CD: req.CheckingDisabled,
+		DO: opt != nil && opt.Do()})
+	if !req.RecursionDesired {
+		q.flags &^= flagRD
+	}
+	if !req.AuthenticatedData {
+		q.flags &^= flagAD
+	}
 	return q, nil
 }
 
@@ -118,11 +125,17 @@ func (q *query) appendTo(dst []byte, id uint16, f form) []byte {
 
 // message returns the query as the framework's clients want it. The caller owns it.
 func (q *query) message() *dns.Msg {
-	m := &dns.Msg{Question: []dns.Question{q.asked}}
+	m := new(dns.Msg)
 	m.Id = dns.Id()
 	m.RecursionDesired = q.flags&flagRD != 0
 	m.AuthenticatedData = q.flags&flagAD != 0
 	m.CheckingDisabled = q.flags&flagCD != 0
+	name, end, err := dns.UnpackDomainName(q.question, 0)
+	if err != nil {
+		panic("forward: a question that does not unpack: " + err.Error()) // its makers have read it
+	}
+	m.Question = []dns.Question{{Name: name, Qtype: binary.BigEndian.Uint16(q.question[end:]),
+		Qclass: binary.BigEndian.Uint16(q.question[end+2:])}}
 	m.SetEdns0(udpSize, q.do)
 	return m
 }
@@ -142,58 +155,62 @@ func malformed(format string, args ...any) error {
 	return &Error{Kind: KindMalformed, Err: errMismatch(fmt.Sprintf(format, args...))}
 }
 
-// check reads msg, which claims to be the answer to q with the given ID, and returns it with the caller's ID and
-// question. It holds msg against RFC 1035, section 7.3: QR, opcode, ID and the whole question, whose letters may differ
-// in case; an error response may have no question at all, as old servers without EDNS do it. The result shares no memory
-// with msg. An error of KindMalformed is a fault of this answer alone.
-func (q *query) check(msg []byte, id uint16) (*dns.Msg, error) {
+// check reads msg, which claims to be the answer to q with the given ID, and returns it. It holds msg against RFC 1035,
+// section 7.3: QR, opcode, ID and the whole question, whose letters may differ in case; an error response may have no
+// question at all, as old servers without EDNS do it. The result shares no memory with msg; options, which do, are the
+// RDATA of its OPT record. An error of KindMalformed is a fault of this answer alone.
+func (q *query) check(msg []byte, id uint16) (a *wire.Answer, options []byte, err error) {
 	if err := checkHeader(msg); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if got := binary.BigEndian.Uint16(msg); got != id {
-		return nil, mismatch("wrong ID")
+		return nil, nil, mismatch("wrong ID")
 	}
-	if !sameQuestion(msg, q.question) && !bareError(msg) {
-		return nil, mismatch("wrong question")
+	switch {
+	case sameQuestion(msg, q.question):
+	case bareError(msg):
+		whole := append(make([]byte, 0, len(msg)+len(q.question)), msg[:headerLen]...)
+		whole[5] = 1
+		msg = append(append(whole, q.question...), msg[headerLen:]...)
+	default:
+		return nil, nil, mismatch("wrong question")
 	}
-	resp := new(dns.Msg)
-	if err := resp.Unpack(msg); err != nil {
-		return nil, malformed("malformed message: %v", err)
+	a, options, err = wire.ReadAnswer(msg)
+	if err != nil {
+		return nil, nil, malformed("malformed message: %v", err)
 	}
-	// Unpack takes a message that ends before its counts do; a cut answer is none.
-	be := binary.BigEndian
-	if len(resp.Answer) != int(be.Uint16(msg[6:])) || len(resp.Ns) != int(be.Uint16(msg[8:])) ||
-		len(resp.Extra) != int(be.Uint16(msg[10:])) {
-		return nil, malformed("fewer records than the header says")
-	}
-	return q.adopt(resp), nil
-}
-
-// adopt gives resp the caller's ID and spelling.
-func (q *query) adopt(resp *dns.Msg) *dns.Msg {
-	resp.Id = q.id
-	resp.Question = []dns.Question{q.asked}
-	return resp
+	return a, options, nil
 }
 
 // checkMessage is check for answers that the framework has unpacked.
-func (q *query) checkMessage(resp *dns.Msg) (*dns.Msg, error) {
-	switch {
-	case resp == nil || !resp.Response || resp.Opcode != dns.OpcodeQuery:
-		return nil, mismatch("not a response")
-	case len(resp.Question) != 1:
-		return nil, mismatch("wrong question")
+func (q *query) checkMessage(resp *dns.Msg) (*wire.Answer, error) {
+	if resp == nil {
+		return nil, mismatch("no response")
 	}
-	got := resp.Question[0]
-	if got.Qtype != q.asked.Qtype || got.Qclass != q.asked.Qclass {
-		return nil, mismatch("wrong question")
+	msg, err := resp.Pack()
+	if err != nil {
+		return nil, malformed("packing the response: %v", err)
 	}
-	var buf [260]byte
-	n, err := dns.PackDomainName(dns.Fqdn(got.Name), buf[:], 0, nil, false)
-	if err != nil || !equalFold(buf[:n], q.question[:len(q.question)-4]) {
-		return nil, mismatch("wrong question")
+	a, _, err := q.check(msg, resp.Id)
+	return a, err
+}
+
+// messageOf returns a as a message that answers req.
+func messageOf(a *wire.Answer, req *dns.Msg) (*dns.Msg, error) {
+	m := new(dns.Msg)
+	if err := m.Unpack(a.Msg); err != nil {
+		return nil, malformed("malformed message: %v", err)
 	}
-	return q.adopt(resp), nil
+	m.Id, m.Question = req.Id, []dns.Question{req.Question[0]}
+	opt := &dns.OPT{Hdr: dns.RR_Header{Name: ".", Rrtype: dns.TypeOPT}}
+	for _, e := range a.EDE {
+		opt.Option = append(opt.Option, &dns.EDNS0_EDE{InfoCode: e.Code, ExtraText: e.Text})
+	}
+	if len(opt.Option) > 0 || a.Rcode > 15 {
+		m.Extra = append(m.Extra, opt)
+	}
+	m.Rcode = int(a.Rcode)
+	return m, nil
 }
 
 // errShort has a value of its own, because the stream reader makes it for any two octets that a stranger sends.

@@ -10,7 +10,8 @@ import (
 	"net/netip"
 	"time"
 
-	"github.com/miekg/dns"
+	"dnsgateway/gateway/wire"
+
 	"github.com/quic-go/quic-go"
 )
 
@@ -74,13 +75,13 @@ func newQUICClient(s Server, t *target, env environment) *poolClient {
 		l.bornQUIC(conn, doqNoError)
 		return l, nil
 	}
-	return &poolClient{identity{s.URL, env.timeout}, newPool(env.timeout, dial)}
+	return &poolClient{identity{s.URL, env.timeout}, newPool(env, dial), false}
 }
 
 func (l *quicLink) vitals() *pulse { return &l.pulse }
 
 // ask implements link.
-func (l *quicLink) ask(ctx context.Context, q *query) (*dns.Msg, error) {
+func (l *quicLink) ask(ctx context.Context, q *query) (*wire.Answer, error) {
 	if !l.begin() {
 		return nil, &brokenError{err: fault(KindIO, "connection closed"), again: true}
 	}
@@ -110,7 +111,7 @@ func gone(conn *quic.Conn) error {
 	}
 }
 
-func (l *quicLink) exchange(ctx context.Context, q *query) (*dns.Msg, error) {
+func (l *quicLink) exchange(ctx context.Context, q *query) (*wire.Answer, error) {
 	str, err := l.conn.OpenStreamSync(ctx)
 	if err != nil {
 		return nil, l.streamError(ctx, err)
@@ -138,8 +139,8 @@ func (l *quicLink) exchange(ctx context.Context, q *query) (*dns.Msg, error) {
 	if _, err := io.ReadFull(str, msg); err != nil {
 		return nil, l.streamError(ctx, err)
 	}
-	resp, err := q.check(msg, 0)
-	if err == nil && resp.Truncated {
+	resp, _, err := q.check(msg, 0)
+	if err == nil && resp.Truncated() {
 		return nil, fault(KindIO, "truncated over a stream")
 	}
 	return resp, err

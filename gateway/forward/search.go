@@ -7,129 +7,270 @@ import (
 	"slices"
 	"time"
 
-	"github.com/miekg/dns"
+	"dnsgateway/gateway/wire"
 )
 
-// maxPatience is the longest time for which one server is waited for alone. A recursive server that has to go far for a
-// cold name takes about as long; a silent one shall not cost more.
+// maxPatience is the longest time for which one server is waited for alone where nothing is hedged. A recursive server
+// that has to go far for a cold name takes about as long; a silent one shall not cost more.
 const maxPatience = time.Second
 
 // search is one question on its way through the tiers.
 //
-// Servers are asked one after the other. The next one starts when the newest attempt fails, or when its share of the
-// time that is left is over; the older attempts go on beside it, and the first good answer ends the search. So every
-// server gets its turn inside the deadline, and no slow answer is thrown away that could still be the only one.
+// Servers are asked one after the other. The next one starts when the newest attempt fails, when it has taken longer than
+// that server's answers usually do (the hedge), or when its share of the time that is left is over; the older attempts
+// go on beside it, and the first good answer ends the search. So every server gets its turn inside the deadline, and no
+// slow answer is thrown away that could still be the only one.
 type search struct {
 	g        *Group
 	q        *query
+	parent   context.Context
 	deadline time.Time
 	plan     []*server
-	healthy  int // plan[:healthy] are not failing; the others are the last resort
+	healthy  int // plan[:healthy] are in use; the others are the last resort
 	attempts []attempt
 	running  int
 	results  chan result
-	best     *dns.Msg // the best response that is not good enough: a SERVFAIL or REFUSED
+	best     *wire.Answer // the best response that is not good enough: a SERVFAIL or REFUSED
 	causes   []Cause
 	second   bool // again was here
+	renewed  bool // renew was here
+
+	timer    *time.Timer
+	hedging  bool      // the timer is for the hedge of the newest attempt
+	turnOver time.Time // when its share of the time is over
+
+	// The context of attempts that need a goroutine; made with the first of them.
+	ctx    context.Context
+	cancel context.CancelFunc
+	slow   int // how many of those have not given their result
 }
 
 // attempt is one server's part in a search. The attempts are plan[:len(attempts)], in the same order.
 type attempt struct {
 	start   time.Time
-	overdue bool // a later attempt was started because this one took too long
+	call    *call // in flight on a stream; nil if a goroutine waits
+	hedge   bool  // started because another one was late
+	late    bool  // was waited for alone long enough
+	counted bool  // its server knows that it is late
+	overdue bool  // its share of the time is over
+	again   bool  // asked over another connection, as the first one broke
 	done    bool
-	useless bool      // done with a SERVFAIL or a malformed answer, which another server may refute
+	useless bool      // done with a SERVFAIL, REFUSED or a malformed answer, which another server may refute
 	retry   time.Time // done without having asked: when the server can be asked; else zero
 }
 
-type result struct {
-	index int
-	resp  *dns.Msg
-	err   error
-	d     time.Duration
+// newSearch makes one for Group.searches, which keeps them for their buffers and timers.
+func newSearch() any {
+	timer := time.NewTimer(time.Hour)
+	timer.Stop()
+	return &search{results: make(chan result, searchRoom), timer: timer}
 }
 
-// ask is Exchange for a packed question.
-func (g *Group) ask(ctx context.Context, q *query) (*dns.Msg, error) {
+// searchRoom is how many results a search has room for before it needs another channel.
+const searchRoom = 16
+
+// ask asks the group's servers for q.
+func (g *Group) ask(ctx context.Context, q *query) (*wire.Answer, error) {
 	now := time.Now()
-	s := search{g: g, q: q, deadline: now.Add(g.deadline)}
+	s := g.searches.Get().(*search)
+	s.g, s.q, s.parent, s.deadline = g, q, ctx, now.Add(g.deadline)
 	if d, ok := ctx.Deadline(); ok && d.Before(s.deadline) {
 		s.deadline = d
 	}
-	ctx, cancel := context.WithDeadline(ctx, s.deadline)
-	defer cancel() // ends the attempts that are no longer waited for
-	s.plan, s.healthy = g.order(q, now)
-	s.results = make(chan result, len(s.plan)) // nobody who is no longer waited for blocks
-	s.attempts = make([]attempt, 0, len(s.plan))
-	return s.run(ctx)
+	g.order(s, now)
+	if len(s.plan)+1 > searchRoom {
+		s.results = make(chan result, len(s.plan)+1) // nobody who is no longer waited for blocks
+	}
+	g.budget.earn()
+	resp, err := s.run(now)
+	s.free()
+	return resp, err
+}
+
+// free ends what is left and keeps the search for another question.
+func (s *search) free() {
+	s.timer.Stop()
+	if s.cancel != nil {
+		s.cancel()
+	}
+	if s.slow > 0 || cap(s.results) > searchRoom {
+		return // somebody still has the channel
+	}
+	for len(s.results) > 0 { // of those that came before they could be given up
+		r := <-s.results
+		if c := s.attempts[r.index].call; c != nil {
+			c.free()
+		}
+	}
+	clear(s.plan)
+	clear(s.attempts)
+	pool := &s.g.searches
+	*s = search{plan: s.plan[:0], attempts: s.attempts[:0], results: s.results, timer: s.timer}
+	pool.Put(s)
 }
 
 // run drives the search to its end.
-func (s *search) run(ctx context.Context) (*dns.Msg, error) {
-	timer := time.NewTimer(s.next(ctx))
-	defer timer.Stop()
+func (s *search) run(now time.Time) (*wire.Answer, error) {
+	s.next(now, false)
 	for {
 		select {
 		case r := <-s.results:
-			if r.err != nil && ctx.Err() != nil {
-				return s.finish(ctx, nil) // time was up, not this server's fault alone
+			now = time.Now()
+			a := &s.attempts[r.index]
+			if a.call == nil {
+				s.slow--
 			}
-			if resp, end := s.take(r); end {
-				return s.finish(ctx, resp)
+			if s.askAgain(now, &r) {
+				continue
+			}
+			if a.call != nil {
+				a.call.free()
+				a.call = nil
+			}
+			if r.err != nil && (s.parent.Err() != nil || !now.Before(s.deadline)) {
+				return s.finish(now, nil, s.parent.Err() == nil) // time was up, not this server's fault alone
+			}
+			if resp, end := s.take(now, r); end {
+				return s.finish(now, resp, false)
 			}
 			switch more := len(s.attempts) < len(s.plan); {
 			case more && (s.fresh() == 0 || s.settled()):
-				timer.Reset(s.next(ctx))
+				s.next(now, false)
 			case more:
 			case s.running == 0:
-				if !s.again(ctx) {
-					return s.finish(ctx, nil)
+				if !s.again() {
+					return s.finish(now, nil, false)
 				}
-				timer.Reset(s.next(ctx))
+				s.next(time.Now(), false)
 			case s.fresh() == 0 && s.settled():
-				return s.finish(ctx, nil)
+				return s.finish(now, nil, false)
 			}
-		case <-timer.C:
+		case <-s.timer.C:
+			now = time.Now()
+			if !now.Before(s.deadline) {
+				return s.finish(now, nil, true)
+			}
+			if s.hedging {
+				s.late(now)
+				continue
+			}
 			for i := range s.attempts {
-				s.attempts[i].overdue = true
+				s.attempts[i].late, s.attempts[i].overdue = true, true
+				s.report(now, i)
 			}
 			// A healthy server that is still silent may yet have the answer: a SERVFAIL at hand does not end the search
 			// before its time.
 			if s.settled() {
-				return s.finish(ctx, nil)
+				return s.finish(now, nil, false)
 			}
-			if len(s.attempts) < len(s.plan) && s.g.nextOn.Timeout {
-				timer.Reset(s.next(ctx))
+			switch {
+			case !s.g.nextOn.Timeout:
+				s.timer.Reset(s.deadline.Sub(now))
+			case len(s.attempts) < len(s.plan) || s.renew(maxPatience/2):
+				s.next(now, false)
+			default:
+				s.timer.Reset(s.deadline.Sub(now))
 			}
-		case <-ctx.Done():
-			return s.finish(ctx, nil)
+		case <-s.parent.Done():
+			return s.finish(time.Now(), nil, errors.Is(s.parent.Err(), context.DeadlineExceeded))
 		}
 	}
+}
+
+// late comes when the newest attempt was waited for alone long enough. The next server starts, if it is a healthy one and
+// the budget has room for it, or something is wrong with this one.
+func (s *search) late(now time.Time) {
+	s.hedging = false
+	i := len(s.attempts) - 1
+	s.attempts[i].late = true
+	wrong := s.report(now, i)
+	switch {
+	case !s.g.nextOn.Timeout:
+	case i+1 < s.healthy && (wrong || s.g.budget.spend()), wrong && i+1 < len(s.plan):
+		s.next(now, true)
+		return
+	case wrong && i+1 == len(s.plan) && s.renew(minHedge):
+		s.next(now, false)
+		return
+	}
+	s.timer.Reset(min(s.turnOver.Sub(now), s.deadline.Sub(now)))
+}
+
+// report tells the server of attempt i, if that is under way, that it has taken longer than nearly all others, where it
+// has. It reports whether something is wrong with the server.
+func (s *search) report(now time.Time, i int) (wrong bool) {
+	srv, a := s.plan[i], &s.attempts[i]
+	if a.done {
+		return false
+	}
+	if a.counted || now.Sub(a.start) < time.Duration(srv.high.Load()) {
+		return srv.away.Load()
+	}
+	a.counted = true
+	return srv.overdue(now, a.start)
+}
+
+// renew comes when nobody is left to ask, once. It may be a connection alone that is dead: if there is one that has brought
+// nothing for so long, its server is put into the plan again, to be asked over a new one.
+func (s *search) renew(quiet time.Duration) bool {
+	i := len(s.attempts) - 1
+	c, ok := s.plan[i].client.(renewer)
+	if s.renewed || !ok || s.attempts[i].done || !c.renew(quiet) {
+		return false
+	}
+	s.renewed = true
+	if s.plan = append(s.plan, s.plan[i]); s.healthy > i {
+		s.healthy++
+	}
+	return true
+}
+
+// askAgain asks once more over another connection if r says that one broke that had been good. What is left of r is the
+// error.
+func (s *search) askAgain(now time.Time, r *result) bool {
+	if r.err == nil {
+		return false
+	}
+	b, ok := r.err.(*brokenError)
+	if !ok {
+		return false
+	}
+	r.err = b.err
+	a := &s.attempts[r.index]
+	if !b.again || a.again || s.parent.Err() != nil || !now.Before(s.deadline) {
+		return false
+	}
+	a.again = true
+	if a.call != nil {
+		a.call.free()
+		a.call = nil
+	}
+	return s.startSlow(r.index) == nil
 }
 
 // again makes a new plan, once, of the servers that could not be asked because they had been dialled in vain a moment
 // before, and waits until the first of them can be: nobody else is left to ask, and there is time. Those that are failing
 // are not waited for. It reports whether there is such a plan. No attempt is running.
-func (s *search) again(ctx context.Context) bool {
+func (s *search) again() bool {
 	var plan []*server
 	var first time.Time
 	for i, a := range s.attempts {
-		if a.retry.IsZero() || s.plan[i].failing() {
+		if a.retry.IsZero() || s.plan[i].away.Load() {
 			continue
 		}
 		if plan = append(plan, s.plan[i]); first.IsZero() || a.retry.Before(first) {
 			first = a.retry
 		}
 	}
-	if s.second || len(plan) == 0 || !sleep(ctx, time.Until(first)) {
+	if s.second || len(plan) == 0 || !first.Before(s.deadline) || !sleep(s.parent, time.Until(first)) {
 		return false
 	}
 	s.second, s.plan, s.healthy, s.attempts = true, plan, len(plan), s.attempts[:0]
 	return true
 }
 
-// settled reports whether a response is at hand and only failing servers could still bring a better one. They get one
-// share of the time for that, all at once, and then the response is what the client gets: or a SERVFAIL would take the
+// settled reports whether a response is at hand and only servers that are away could still bring a better one. They get
+// one share of the time for that, all at once, and then the response is what the client gets: or a SERVFAIL would take the
 // whole deadline for as long as any server is down.
 func (s *search) settled() bool {
 	return s.best != nil && len(s.attempts) >= s.healthy &&
@@ -137,46 +278,77 @@ func (s *search) settled() bool {
 }
 
 // next starts the next attempt, or all of its tier when the pick is race, or all that are left when the search is
-// settled, and returns how long to wait for it alone.
-func (s *search) next(ctx context.Context) time.Duration {
+// settled, and sets the timer for the newest.
+func (s *search) next(now time.Time, hedge bool) {
 	first := len(s.attempts)
-	s.start(ctx)
+	s.start(now, hedge)
 	for len(s.attempts) < len(s.plan) && (s.settled() || s.g.pick == PickRace && len(s.attempts) != s.healthy &&
 		s.plan[len(s.attempts)].tier == s.plan[first].tier) {
-		s.start(ctx)
+		s.start(now, hedge)
 	}
 	// What is left of the time is shared by those who have not had their turn. All failing servers together are one.
 	turns := len(s.plan) - len(s.attempts) + 1
 	if n := len(s.attempts); n <= s.healthy {
 		turns = s.healthy - n + 1 + min(1, len(s.plan)-s.healthy)
 	}
-	return min(maxPatience, time.Until(s.deadline)/time.Duration(turns))
+	left := s.deadline.Sub(now)
+	turn := min(maxPatience, left/time.Duration(turns))
+	s.hedging, s.turnOver = false, now.Add(turn)
+	if d := s.g.hedge.delay(s.plan[len(s.attempts)-1]); d < turn {
+		s.hedging, turn = true, d
+	}
+	s.timer.Reset(turn)
 }
 
 // start asks the next server of the plan.
-func (s *search) start(ctx context.Context) {
+func (s *search) start(now time.Time, hedge bool) {
 	i := len(s.attempts)
-	srv, q, results, g := s.plan[i], s.q, s.results, s.g
-	now := time.Now()
-	s.attempts = append(s.attempts, attempt{start: now})
+	srv := s.plan[i]
+	s.attempts = append(s.attempts, attempt{start: now, hedge: hedge})
 	s.running++
-	if !g.enter() {
-		results <- result{index: i, err: errClosed}
-		return
-	}
 	srv.flying.Add(1)
+	if hedge {
+		srv.obs.Hedge()
+	}
+	if srv.stream != nil {
+		c := calls.Get().(*call)
+		c.q, c.results, c.index, c.start, c.asked = s.q, s.results, i, now, srv
+		if srv.stream.start(c) {
+			s.attempts[i].call = c
+			return
+		}
+		c.free()
+	}
+	if err := s.startSlow(i); err != nil {
+		s.slow++
+		s.results <- result{index: i, err: err}
+	}
+}
+
+// startSlow asks the server of attempt i in a goroutine, which may have to wait for a connection. An error says that the
+// group is closed.
+func (s *search) startSlow(i int) error {
+	if s.ctx == nil {
+		s.ctx, s.cancel = context.WithDeadline(s.parent, s.deadline)
+	}
+	g := s.g
+	if !g.enter() {
+		return errClosed
+	}
+	s.slow++
+	ctx, srv, q, results := s.ctx, s.plan[i], s.q, s.results
 	go func() {
 		defer g.calls.Done()
 		resp, err := srv.client.ask(ctx, q)
-		srv.flying.Add(-1)
-		results <- result{index: i, resp: resp, err: err, d: time.Since(now)}
+		results <- result{index: i, resp: resp, err: err}
 	}()
+	return nil
 }
 
-// fresh counts the attempts in flight whose share of the time is not over.
+// fresh counts the attempts in flight that may still be waited for alone.
 func (s *search) fresh() (n int) {
 	for _, a := range s.attempts {
-		if !a.done && !a.overdue {
+		if !a.done && !a.late {
 			n++
 		}
 	}
@@ -185,11 +357,12 @@ func (s *search) fresh() (n int) {
 
 // take books r and reports whether it ends the search: with a response, or, where the group does not go on after such
 // a failure, without one.
-func (s *search) take(r result) (resp *dns.Msg, end bool) {
+func (s *search) take(now time.Time, r result) (resp *wire.Answer, end bool) {
 	srv, a := s.plan[r.index], &s.attempts[r.index]
 	a.done = true
 	s.running--
-	now := time.Now()
+	srv.flying.Add(-1)
+	d := now.Sub(a.start)
 	if r.err != nil {
 		var e *Error
 		if errors.As(r.err, &e) && e.Kind == KindBackoff {
@@ -199,18 +372,20 @@ func (s *search) take(r result) (resp *dns.Msg, end bool) {
 		}
 		kind := kindOf(r.err)
 		a.useless = kind == KindMalformed
-		srv.obs.Done(r.d, -1, kind)
-		srv.failed(now, r.d, r.err)
+		srv.obs.Done(d, -1, kind)
+		srv.failed(now, d, r.err, a.counted)
 		s.causes = append(s.causes, Cause{Server: srv.url, Err: r.err})
 		return nil, kind == KindTimeout && !s.g.nextOn.Timeout || kind != KindTimeout && !s.g.nextOn.Connect
 	}
-	srv.obs.Done(r.d, r.resp.Rcode, "")
-	srv.answered(now, r.d, r.resp)
+	srv.obs.Done(d, int(r.resp.Rcode), "")
+	srv.answered(now, a.start, d, r.resp.Rcode, a.counted)
 	switch {
-	case r.resp.Rcode == dns.RcodeServerFailure && s.g.nextOn.ServFail:
+	case r.resp.Rcode == wire.RcodeServFail && s.g.nextOn.ServFail, r.resp.Rcode == wire.RcodeRefused && s.g.nextOn.Refused:
 		a.useless = true
-	case r.resp.Rcode == dns.RcodeRefused && s.g.nextOn.Refused:
 	default:
+		if a.hedge {
+			srv.obs.HedgeWon()
+		}
 		return r.resp, true
 	}
 	s.best = better(s.best, r.resp)
@@ -219,20 +394,15 @@ func (s *search) take(r result) (resp *dns.Msg, end bool) {
 
 // better returns which of two responses without an answer tells the client more: SERVFAIL before REFUSED, which speaks
 // of our standing with that server; then the one that says why (RFC 8914); then the earlier.
-func better(old, resp *dns.Msg) *dns.Msg {
+func better(old, resp *wire.Answer) *wire.Answer {
 	if old == nil {
 		return resp
 	}
-	rank := func(m *dns.Msg) (n int) {
-		if m.Rcode == dns.RcodeServerFailure {
+	rank := func(a *wire.Answer) (n int) {
+		if a.Rcode == wire.RcodeServFail {
 			n = 2
 		}
-		if opt := m.IsEdns0(); opt != nil && slices.ContainsFunc(opt.Option, func(o dns.EDNS0) bool {
-			return o.Option() == dns.EDNS0EDE
-		}) {
-			n++
-		}
-		return n
+		return n + min(len(a.EDE), 1)
 	}
 	if rank(resp) > rank(old) {
 		return resp
@@ -240,57 +410,66 @@ func better(old, resp *dns.Msg) *dns.Msg {
 	return old
 }
 
-// finish books what is still in flight and returns the outcome: resp, else the best response, else that there is none.
-func (s *search) finish(ctx context.Context, resp *dns.Msg) (*dns.Msg, error) {
-	now := time.Now()
-	cancelled := errors.Is(ctx.Err(), context.Canceled)
-	timeUp := ctx.Err() != nil && !cancelled
+// finish books what is still in flight, gives it up and returns the outcome: resp, else the best response, else that
+// there is none. With timeUp, the time for the question is over.
+func (s *search) finish(now time.Time, resp *wire.Answer, timeUp bool) (*wire.Answer, error) {
+	good := resp != nil && resp.Rcode != wire.RcodeServFail && resp.Rcode != wire.RcodeRefused
 	for i := range s.attempts {
 		srv, a := s.plan[i], &s.attempts[i]
-		d := now.Sub(a.start)
-		switch {
-		case a.done && a.useless && resp != nil && resp.Rcode != dns.RcodeServerFailure &&
-			resp.Rcode != dns.RcodeRefused:
-			srv.refuted(now, s.q)
-		case a.done:
-		case !cancelled && (a.overdue || timeUp):
-			srv.obs.Done(d, -1, KindTimeout)
-			srv.silent(now, d)
-			s.causes = append(s.causes, Cause{srv.url, fault(KindTimeout, "no answer within %v",
-				d.Round(time.Millisecond))})
-		default:
-			srv.obs.Done(d, -1, KindAbandoned)
+		if a.done {
+			if a.useless && good {
+				srv.refuted(now, s.q)
+			}
+			continue
 		}
+		srv.flying.Add(-1)
+		if a.call != nil && a.call.abandon() {
+			a.call = nil
+		}
+		d := now.Sub(a.start)
+		if !a.overdue && !timeUp && d < maxPatience {
+			srv.obs.Done(d, -1, KindAbandoned)
+			continue
+		}
+		srv.obs.Done(d, -1, KindTimeout)
+		srv.silent(now, d)
+		s.causes = append(s.causes, Cause{srv.url, fault(KindTimeout, "no answer within %v", d.Round(time.Millisecond))})
 	}
 	switch {
 	case resp != nil:
 		return resp, nil
 	case s.best != nil:
 		return s.best, nil
-	case cancelled:
-		return nil, context.Cause(ctx)
+	case errors.Is(s.parent.Err(), context.Canceled):
+		return nil, context.Cause(s.parent)
 	}
 	return nil, &NoAnswerError{Group: s.g.name, Causes: s.causes}
 }
 
-// order returns the servers in the order in which q asks them, and how many of them are not failing. Those come first,
-// tier by tier; the failing ones follow as a last resort, in their written order.
-func (g *Group) order(q *query, now time.Time) (plan []*server, healthy int) {
-	plan = make([]*server, 0, len(g.servers))
-	var failing []*server
-	probed := g.running.Load()
+// order puts into s the servers in the order in which its question asks them, and how many of them are in use. Those come
+// first, tier by tier; the suspect and failing ones follow as a last resort, in their written order.
+func (g *Group) order(s *search, now time.Time) {
+	away := 0
 	for _, tier := range g.tiers {
-		start := len(plan)
-		for _, s := range tier {
-			if s.usable(now, probed) {
-				plan = append(plan, s)
+		start := len(s.plan)
+		for _, srv := range tier {
+			if srv.usable(now) {
+				s.plan = append(s.plan, srv)
 			} else {
-				failing = append(failing, s)
+				away++
 			}
 		}
-		g.arrange(plan[start:], q, now)
+		g.arrange(s.plan[start:], s.q, now)
 	}
-	return append(plan, failing...), len(plan)
+	s.healthy = len(s.plan)
+	if away == 0 {
+		return
+	}
+	for _, srv := range g.servers {
+		if !slices.Contains(s.plan[:s.healthy], srv) {
+			s.plan = append(s.plan, srv)
+		}
+	}
 }
 
 // arrange sorts the servers of one tier by the group's pick.

@@ -14,7 +14,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/miekg/dns"
+	"dnsgateway/gateway/wire"
 )
 
 const (
@@ -44,7 +44,7 @@ func newStreamClient(s Server, t *target, env environment, secure bool) *poolCli
 		}
 		return newStreamLink(conn, f, spawn), nil
 	}
-	return &poolClient{identity{s.URL, env.timeout}, newPool(env.timeout, dial)}
+	return &poolClient{identity{s.URL, env.timeout}, newPool(env, dial), true}
 }
 
 // dialStream connects to addr, and shakes hands if cfg is not nil.
@@ -80,17 +80,31 @@ type streamLink struct {
 // comes or the connection ends, so that its ID is not used for another question meanwhile.
 type call struct {
 	q       *query
-	done    chan streamReply
-	givenUp bool
+	results chan<- result // gets one result, unless the call is given up; there has to be room in it
+	index   int           // of that result
+	start   time.Time
+	asked   *server // told of an answer that comes after the call was given up; nil for nobody
+
+	link    *streamLink
+	id      uint16
+	givenUp bool // guarded by the link's lock
 }
 
-type streamReply struct {
-	resp *dns.Msg
-	err  error
+// result is the outcome of an attempt.
+type result struct {
+	index int
+	resp  *wire.Answer
+	err   error // inside a *brokenError when the connection broke
 }
 
-// calls holds calls whose answer was taken: nobody else knows them any more.
-var calls = sync.Pool{New: func() any { return &call{done: make(chan streamReply, 1)} }}
+// calls holds calls whose result was taken, or whose answer came late: nobody else knows them any more.
+var calls = sync.Pool{New: func() any { return new(call) }}
+
+// free returns c to calls.
+func (c *call) free() {
+	*c = call{}
+	calls.Put(c)
+}
 
 func newStreamLink(conn net.Conn, f form, spawn func(func())) *streamLink {
 	l := &streamLink{conn: conn, form: f, pending: make(map[uint16]*call), wake: make(chan struct{}, 1),
@@ -116,61 +130,53 @@ func (l *streamLink) shut(err error) {
 	for id, c := range l.pending {
 		delete(l.pending, id)
 		if !c.givenUp {
-			c.done <- streamReply{err: &brokenError{err: err, again: l.served}}
+			c.results <- result{index: c.index, err: &brokenError{err: err, again: l.served}}
 		}
 	}
 }
 
 // ask implements link.
-func (l *streamLink) ask(ctx context.Context, q *query) (*dns.Msg, error) {
+func (l *streamLink) ask(ctx context.Context, q *query) (*wire.Answer, error) {
+	results := make(chan result, 1)
 	c := calls.Get().(*call)
-	c.q, c.givenUp = q, false
-	id, err := l.send(c)
-	if err != nil {
-		calls.Put(c)
+	c.q, c.results, c.start = q, results, time.Now()
+	if err := l.start(c); err != nil {
+		c.free()
 		return nil, err
 	}
 	select {
-	case r := <-c.done:
-		c.q = nil
-		calls.Put(c)
+	case r := <-results:
+		c.free()
 		return r.resp, r.err
 	case <-ctx.Done():
 	}
-	l.mu.Lock()
-	if l.pending[id] != c { // the answer came meanwhile
-		l.mu.Unlock()
-		r := <-c.done
-		c.q = nil
-		calls.Put(c)
+	if !c.abandon() {
+		c.free()
+		r := <-results
 		return r.resp, r.err
 	}
-	c.givenUp = true
-	if len(l.pending)-l.live >= maxTombstones {
-		l.draining = true // too much was lost on it
-	}
-	l.endLocked(false)
 	return nil, classify(KindIO, "waiting for an answer", ctx.Err())
 }
 
-// send gives c an ID and hands its frame to the writer.
-func (l *streamLink) send(c *call) (uint16, error) {
+// start gives c an ID and hands its frame to the writer. Without an error, c gets its result, or is given up by abandon.
+func (l *streamLink) start(c *call) error {
 	l.mu.Lock()
-	if l.dead {
+	if l.dead || l.draining {
 		l.mu.Unlock()
-		return 0, &brokenError{err: fault(KindIO, "connection closed"), again: true}
+		return &brokenError{err: fault(KindIO, "connection closed"), again: true}
 	}
 	if len(l.pending) >= maxPending {
 		l.mu.Unlock()
-		return 0, fault(KindBusy, "%d queries in flight on one connection", maxPending)
+		return fault(KindBusy, "%d queries in flight on one connection", maxPending)
 	}
 	// The runtime's generator is seeded by the system and cannot be foretold (math/rand/v2: ChaCha8).
 	id := uint16(rand.Uint32())
 	for l.pending[id] != nil {
 		id = uint16(rand.Uint32())
 	}
+	c.link, c.id = l, id
 	l.pending[id] = c
-	l.beginLocked(time.Now())
+	l.beginLocked(c.start)
 	l.out = binary.BigEndian.AppendUint16(l.out, uint16(c.q.size(l.form)))
 	l.out = c.q.appendTo(l.out, id, l.form)
 	l.mu.Unlock()
@@ -178,7 +184,24 @@ func (l *streamLink) send(c *call) (uint16, error) {
 	case l.wake <- struct{}{}:
 	default:
 	}
-	return id, nil
+	return nil
+}
+
+// abandon gives c up, which was started, and reports true; or, where its result is there already, false. After true, c
+// is its link's.
+func (c *call) abandon() bool {
+	l := c.link
+	l.mu.Lock()
+	if l.pending[c.id] != c {
+		l.mu.Unlock()
+		return false
+	}
+	c.givenUp = true
+	if len(l.pending)-l.live >= maxTombstones {
+		l.draining = true // too much was lost on it
+	}
+	l.endLocked(false)
+	return true
 }
 
 // write sends frames, as many at once as have come together.
@@ -261,20 +284,21 @@ func (l *streamLink) deliver(msg []byte) error {
 	l.mu.Lock()
 	c := l.pending[id]
 	var q *query
+	index := 0
 	if c != nil {
-		q = c.q // not later: once the connection is closed, the call may serve another query
+		q, index = c.q, c.index // not later: once the connection is closed, the call may serve another query
 	}
 	l.mu.Unlock()
 	if c == nil {
 		return mismatch("wrong ID")
 	}
-	resp, err := q.check(msg, id)
-	reply := streamReply{resp: resp, err: err}
+	resp, options, err := q.check(msg, id)
+	r := result{index: index, resp: resp, err: err}
 	if kindOf(err) == KindMalformed {
 		err = nil // this name's matter alone: the stream is sound
 	}
-	if resp != nil && resp.Truncated {
-		reply = streamReply{err: mismatch("truncated over a stream")} // and yet the stream is sound
+	if resp != nil && resp.Truncated() {
+		r.resp, r.err = nil, mismatch("truncated over a stream") // and yet the stream is sound
 	}
 	l.mu.Lock()
 	if l.pending[id] != c { // the connection was closed meanwhile
@@ -284,36 +308,40 @@ func (l *streamLink) deliver(msg []byte) error {
 	delete(l.pending, id)
 	if c.givenUp {
 		// Late, but it shows that the connection works.
-		l.waiting, l.since, l.served = l.live > 0, time.Now(), true
+		now := time.Now()
+		l.waiting, l.since, l.served = l.live > 0, now, true
 		l.mu.Unlock()
+		if c.asked != nil && r.err == nil {
+			c.asked.heard(now, c.start)
+		}
+		c.free()
 		return err
 	}
-	c.done <- reply
+	c.results <- r
 	if resp != nil {
-		l.heed(resp)
+		l.heed(options)
 	}
 	l.endLocked(err == nil)
 	return err
 }
 
 // heed obeys the server's edns-tcp-keepalive, RFC 7828, section 3.2.2; l.mu is held.
-func (l *streamLink) heed(resp *dns.Msg) {
-	opt := resp.IsEdns0()
-	if opt == nil {
-		return
-	}
-	for _, o := range opt.Option {
-		ka, ok := o.(*dns.EDNS0_TCP_KEEPALIVE)
-		switch {
-		case !ok:
-		case ka.Timeout == 0:
+func (l *streamLink) heed(options []byte) {
+	for len(options) >= 4 { // they are whole, the answer was read
+		code, value := binary.BigEndian.Uint16(options), options[4:4+binary.BigEndian.Uint16(options[2:])]
+		options = options[4+len(value):]
+		if code != optionKeepalive || len(value) != 2 {
+			continue
+		}
+		timeout := time.Duration(binary.BigEndian.Uint16(value)) * 100 * time.Millisecond
+		if timeout == 0 {
 			l.draining = true // no more queries, and close when all are answered
-		default:
-			was := l.idle
-			l.idle = min(idleAfter, time.Duration(ka.Timeout)*100*time.Millisecond)
-			if l.idle < was && !l.dead {
-				l.timer.Reset(l.idle) // tick finds out what is left of it, and when it has fired just now, too
-			}
+			return
+		}
+		was := l.idle
+		l.idle = min(idleAfter, timeout)
+		if l.idle < was && !l.dead {
+			l.timer.Reset(l.idle) // tick finds out what is left of it, and when it has fired just now, too
 		}
 	}
 }

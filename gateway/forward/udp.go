@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"dnsgateway/gateway/wire"
+
 	"github.com/AdguardTeam/dnsproxy/upstream"
 	"github.com/miekg/dns"
 )
@@ -63,7 +65,7 @@ func (c *udpClient) Close() error {
 }
 
 // ask implements client.
-func (c *udpClient) ask(ctx context.Context, q *query) (*dns.Msg, error) {
+func (c *udpClient) ask(ctx context.Context, q *query) (*wire.Answer, error) {
 	addrs, err := c.target.addrs(ctx)
 	if err != nil {
 		return nil, err
@@ -84,7 +86,7 @@ func (c *udpClient) ask(ctx context.Context, q *query) (*dns.Msg, error) {
 		}
 		return nil, err
 	}
-	if resp.Truncated { // RFC 7766, section 5
+	if resp.Truncated() { // RFC 7766, section 5
 		return c.overTCP.ask(ctx, q)
 	}
 	return resp, nil
@@ -93,7 +95,7 @@ func (c *udpClient) ask(ctx context.Context, q *query) (*dns.Msg, error) {
 var datagrams = sync.Pool{New: func() any { return new([maxDatagram]byte) }}
 
 // exchange sends q to addr and waits for its answer. Packets that are none are passed over.
-func (c *udpClient) exchange(ctx context.Context, addr netip.AddrPort, q *query) (*dns.Msg, error) {
+func (c *udpClient) exchange(ctx context.Context, addr netip.AddrPort, q *query) (*wire.Answer, error) {
 	conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(addr))
 	if err != nil {
 		return nil, classify(KindConnect, "opening a socket", err)
@@ -135,7 +137,7 @@ func (c *udpClient) exchange(ctx context.Context, addr netip.AddrPort, q *query)
 				strays++
 				continue
 			}
-			resp, err := q.check(buf[:n], id)
+			resp, _, err := q.check(buf[:n], id)
 			if kindOf(err) == KindMalformed {
 				return nil, err
 			}

@@ -95,11 +95,10 @@ func New(reg *prometheus.Registry, version string) (*Metrics, error) {
 		ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()},
 	}, func() float64 { return 1 })
 	var errs []error
-	for _, c := range []prometheus.Collector{
+	for _, c := range append(m.upstream.all(),
 		build, queryCollector{m}, stateCollector{m},
-		m.upstream.queries, m.upstream.responses, m.upstream.errors, m.upstream.duration,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-	} {
+	) {
 		errs = append(errs, reg.Register(c))
 	}
 	if err := errors.Join(errs...); err != nil {

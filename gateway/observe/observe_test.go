@@ -134,7 +134,7 @@ func TestLabels(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	allowed := []string{"transport", "outcome", "rcode", "listener", "group", "server", "kind", "version", "goversion"}
+	allowed := []string{"transport", "outcome", "rcode", "listener", "group", "server", "kind", "state", "version", "goversion"}
 	for _, f := range families {
 		if !strings.HasPrefix(f.GetName(), "dnsgateway_") {
 			continue

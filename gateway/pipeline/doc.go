@@ -9,12 +9,13 @@
 //	                     not allowed: REFUSED or silence; over its rate: TC=1 or silence over UDP, else REFUSED
 //	fault      wire      the RCODE that the message itself earned: FORMERR, NOTIMP, BADVERS
 //	lookup     cache     a Plain query's answer: copied, aged and shaped for the client
-//	-- Miss: from here on *dns.Msg, allocations and waiting are allowed --
+//	-- Miss: from here on allocations and waiting are allowed --
 //	own        pipeline  what never leaves: class CH, AXFR, IXFR, ANY, meta types, signed queries; see own.go
 //	lookup     cache     again, for Odd queries, whose Plain form may be known
 //	bound      pipeline  more than Config.Inflight exchanges at once are shed, never queued
+//	match      route     the upstream group, by QNAME alone: whatever the type or class, private names stay with theirs
 //	exchange   Exchanger a fresh query with nothing of the client's but the question, DO and CD
-//	check      pipeline  is this a response to what was asked? Its upstream should have made sure; see upstream.go
+//	check      pipeline  may this be passed on? What can be wrong with bytes its upstream has looked for; see upstream.go
 //	store      cache     lifetimes decide (RFC 2308); SERVFAIL and truncated answers never
 //	shape      wire      the same last step as in a cache hit, so that both are equal byte by byte
 //
@@ -33,7 +34,7 @@
 //	cache             wire                                        miekg/dns, dnsproxy
 //	route             none                                        miekg/dns, dnsproxy
 //	local             wire
-//	forward           none                                        only it imports dnsproxy
+//	forward           wire                                        only it imports dnsproxy
 //	dnssec            none                                        forward
 //	pipeline          wire access cache route local dnssec        forward, listen, admin, config, observe
 //	listen            wire                                        pipeline

@@ -82,8 +82,8 @@ func FuzzFastEqualsSlow(f *testing.F) {
 		transport := transports[int(n)%len(transports)]
 		store.Flush()
 		clock := newClock()
-		fast := mustNew(t, Config{Cache: store, Upstream: honest(t), Now: clock.Now})
-		slow := mustNew(t, Config{Upstream: honest(t), Now: clock.Now})
+		fast := mustNew(t, Config{Cache: store, Groups: []Group{{Upstream: honest(t)}}, Now: clock.Now})
+		slow := mustNew(t, Config{Groups: []Group{{Upstream: honest(t)}}, Now: clock.Now})
 
 		want, wantVerdict := ask(t, slow, query(slow, transport, bytes.Clone(raw)))
 		first, v := ask(t, fast, query(fast, transport, bytes.Clone(raw)))
@@ -110,12 +110,12 @@ func FuzzAnything(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, raw []byte, n uint8) {
 		transport := transports[int(n)%len(transports)]
-		p := mustNew(t, Config{Access: control, Cache: nil, Upstream: honest(t), Chaos: map[string]string{"version.bind": "x"}})
+		p := mustNew(t, Config{Access: control, Cache: nil, Groups: []Group{{Upstream: honest(t)}}, Chaos: map[string]string{"version.bind": "x"}})
 		q := query(p, transport, bytes.Clone(raw))
 		stranger := n >= 128
 		if stranger {
 			q.Client = netip.MustParseAddrPort("192.0.2.1:53")
-			p.upstream = noUpstream(t)
+			p.groups[0].Upstream = noUpstream(t)
 		}
 		out, v := ask(t, p, q)
 		if !bytes.Equal(q.Raw, raw) {
@@ -182,10 +182,10 @@ func FuzzUpstream(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, raw []byte, n uint8) {
 		store.Flush()
-		p := mustNew(t, Config{Cache: store, TrustAD: true, Upstream: exchange(func(context.Context, *dns.Msg) (*dns.Msg, error) {
+		p := mustNew(t, Config{Cache: store, Groups: []Group{{Upstream: exchange(func(context.Context, *dns.Msg) (*dns.Msg, error) {
 			resp := new(dns.Msg)
 			return resp, resp.Unpack(raw)
-		})})
+		}), TrustAD: true}}})
 		asked := pack(t, dig("eXample.com.", dns.TypeTXT, option(&dns.EDNS0_PADDING{})))
 		transport := transports[int(n)%len(transports)]
 		first, _ := ask(t, p, query(p, transport, asked))

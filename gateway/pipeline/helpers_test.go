@@ -43,8 +43,6 @@ func (c *clock) add(d time.Duration) {
 // exchange is an Exchanger made of a function.
 type exchange func(ctx context.Context, req *dns.Msg) (*dns.Msg, error)
 
-func (f exchange) Exchange(ctx context.Context, req *dns.Msg) (*dns.Msg, error) { return f(ctx, req) }
-
 // noUpstream fails the test when a query gets out.
 func noUpstream(t testing.TB) exchange {
 	return func(_ context.Context, req *dns.Msg) (*dns.Msg, error) {
@@ -121,8 +119,8 @@ func mustNew(t testing.TB, c Config) *Pipeline {
 	if c.Access == nil {
 		c.Access = mustAccess(t, access.Config{})
 	}
-	if c.Upstream == nil {
-		c.Upstream = exchange(world)
+	if c.Groups == nil {
+		c.Groups = []Group{{Upstream: exchange(world)}}
 	}
 	if c.Logger == nil {
 		c.Logger = noErrors(t)
@@ -328,4 +326,27 @@ func unknown(h dns.RR_Header, n int) dns.RR {
 		return &dns.TXT{Hdr: h, Txt: []string{strings.Repeat("x", n)}}
 	}
 	return &dns.RFC3597{Hdr: h, Rdata: strings.Repeat("ab", n)}
+}
+
+// Ask implements Exchanger.
+func (f exchange) Ask(ctx context.Context, q wire.Question) (*wire.Answer, error) {
+	name, _, err := dns.UnpackDomainName(q.Name, 0)
+	if err != nil {
+		return nil, err
+	}
+	req := &dns.Msg{
+		MsgHdr:   dns.MsgHdr{Id: dns.Id(), RecursionDesired: true, AuthenticatedData: true, CheckingDisabled: q.CD},
+		Question: []dns.Question{{Name: name, Qtype: q.Qtype, Qclass: q.Qclass}},
+	}
+	req.SetEdns0(1232, q.DO)
+	resp, err := f(ctx, req)
+	if resp == nil || err != nil {
+		return nil, err
+	}
+	msg, err := resp.Pack()
+	if err != nil {
+		return nil, err
+	}
+	a, _, err := wire.ReadAnswer(msg)
+	return a, err
 }

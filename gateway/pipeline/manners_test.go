@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"dnsgateway/gateway/access"
+	"dnsgateway/gateway/route"
 	"dnsgateway/gateway/wire"
 
 	"github.com/google/go-cmp/cmp"
@@ -110,7 +111,7 @@ func TestManners(t *testing.T) {
 		for _, transport := range transports {
 			t.Run(fmt.Sprintf("%s/%v", tt.name, transport), func(t *testing.T) {
 				seen := &events{}
-				p := mustNew(t, Config{Upstream: noUpstream(t), Observer: seen, Chaos: map[string]string{"Version.BIND": `1.2 "three" \`}})
+				p := mustNew(t, Config{Groups: []Group{{Upstream: noUpstream(t)}}, Observer: seen, Chaos: map[string]string{"Version.BIND": `1.2 "three" \`}})
 				raw := tt.raw
 				if tt.query != nil {
 					raw = pack(t, tt.query)
@@ -251,13 +252,13 @@ func TestQueryUpstream(t *testing.T) {
 		for _, transport := range transports {
 			t.Run(fmt.Sprintf("%s/%v", tt.name, transport), func(t *testing.T) {
 				var sent *dns.Msg
-				p := mustNew(t, Config{Cache: mustCache(t), Upstream: exchange(func(ctx context.Context, req *dns.Msg) (*dns.Msg, error) {
+				p := mustNew(t, Config{Cache: mustCache(t), Groups: []Group{{Upstream: exchange(func(ctx context.Context, req *dns.Msg) (*dns.Msg, error) {
 					if sent != nil {
 						t.Errorf("a second query: %v", req)
 					}
 					sent = req.Copy()
 					return world(ctx, req)
-				})})
+				})}}})
 				q := query(p, transport, pack(t, tt.query))
 				out, _ := ask(t, p, q)
 				checkResponse(t, q, out)
@@ -279,10 +280,10 @@ func TestQueryUpstream(t *testing.T) {
 // TestFreshID shows that the client's message ID does not leave.
 func TestFreshID(t *testing.T) {
 	ids := map[uint16]bool{}
-	p := mustNew(t, Config{Upstream: exchange(func(ctx context.Context, req *dns.Msg) (*dns.Msg, error) {
+	p := mustNew(t, Config{Groups: []Group{{Upstream: exchange(func(ctx context.Context, req *dns.Msg) (*dns.Msg, error) {
 		ids[req.Id] = true
 		return world(ctx, req)
-	})})
+	})}}})
 	m := dig("one.test.", dns.TypeA)
 	m.Id = 4711
 	for range 50 {
@@ -304,12 +305,15 @@ func TestNewRefuses(t *testing.T) {
 		config Config
 		want   string
 	}{
-		{"no access", Config{Upstream: up}, "no access control"},
+		{"no access", Config{Groups: []Group{{Upstream: up}}}, "no access control"},
 		{"no upstream", Config{Access: a}, "no upstream"},
-		{"negative bound", Config{Access: a, Upstream: up, Inflight: -1}, "a bound of -1 exchanges"},
-		{"bad chaos name", Config{Access: a, Upstream: up, Chaos: map[string]string{long: "x"}},
+		{"a group without upstream", Config{Access: a, Groups: []Group{{Upstream: up}, {Name: "corp"}}}, "no upstream"},
+		{"a route to nowhere", Config{Access: a, Groups: []Group{{Upstream: up}},
+			Routes: mustRoutes(t, route.Rule{Group: 1, Below: []string{"corp.internal"}})}, "a route to group 1 of 1"},
+		{"negative bound", Config{Access: a, Groups: []Group{{Upstream: up}}, Inflight: -1}, "a bound of -1 exchanges"},
+		{"bad chaos name", Config{Access: a, Groups: []Group{{Upstream: up}}, Chaos: map[string]string{long: "x"}},
 			fmt.Sprintf("%q is not a domain name: dns: bad rdata", long)},
-		{"long chaos text", Config{Access: a, Upstream: up, Chaos: map[string]string{"id.server": string(make([]byte, 1<<16))}},
+		{"long chaos text", Config{Access: a, Groups: []Group{{Upstream: up}}, Chaos: map[string]string{"id.server": string(make([]byte, 1<<16))}},
 			`the text of "id.server" has 65536 octets, want at most 60000`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -323,7 +327,7 @@ func TestNewRefuses(t *testing.T) {
 
 func TestLongChaosText(t *testing.T) {
 	text := string(bytes.Repeat([]byte("0123456789"), 60)) + `\"é`
-	p := mustNew(t, Config{Upstream: noUpstream(t), Chaos: map[string]string{"id.server.": text}})
+	p := mustNew(t, Config{Groups: []Group{{Upstream: noUpstream(t)}}, Chaos: map[string]string{"id.server.": text}})
 	q := query(p, wire.TCP, pack(t, dig("ID.server.", dns.TypeTXT, class(dns.ClassCHAOS))))
 	out, _ := ask(t, p, q)
 	m := checkResponse(t, q, out)

@@ -170,5 +170,6 @@ func newAnswer(question dns.Question, rr dns.RR) (*wire.Answer, error) {
 	if err != nil {
 		return nil, err
 	}
-	return wire.NewAnswer(packed)
+	a, _, err := wire.ReadAnswer(packed)
+	return a, err
 }

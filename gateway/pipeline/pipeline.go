@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
+	"slices"
 	"sync/atomic"
 	"time"
 
 	"dnsgateway/gateway/access"
 	"dnsgateway/gateway/cache"
+	"dnsgateway/gateway/route"
 	"dnsgateway/gateway/wire"
 
 	"github.com/miekg/dns"
@@ -18,10 +20,10 @@ import (
 
 // Exchanger is an upstream group.
 type Exchanger interface {
-	// Exchange returns a response to req, which it does not modify, or an error only if no server gave one. It returns
-	// by its own deadline and is safe for concurrent use. The response is the caller's. An error may have a method
-	// ExtendedError() (code uint16, text string) that says what to tell the client, RFC 8914.
-	Exchange(ctx context.Context, req *dns.Msg) (*dns.Msg, error)
+	// Ask returns a response to q, of which it keeps nothing, or an error only if no server gave one. It returns by its own
+	// deadline and is safe for concurrent use. The response is the caller's. An error may have a method ExtendedError()
+	// (code uint16, text string) that says what to tell the client, RFC 8914.
+	Ask(ctx context.Context, q wire.Question) (*wire.Answer, error)
 }
 
 // Observer is told about queries. Its method is called on the hot path: it must not block or allocate.
@@ -64,15 +66,25 @@ func (o Outcome) String() string {
 	return "unknown"
 }
 
-// Config is what [New] needs. Access and Upstream have to be there.
-type Config struct {
-	Access   *access.Control
-	Cache    *cache.Cache // nil: off
-	View     uint32       // stands in every cache key for whatever may change answers
+// Group is an upstream group with what the pipeline has to know of it.
+type Group struct {
+	Name     string // for the log
 	Upstream Exchanger
 	// TrustAD says that the AD bit of upstream's responses may be believed: its servers are authenticated, and validate
 	// (RFC 4035, section 4.9.3). Without it AD is never set.
 	TrustAD bool
+}
+
+// Config is what [New] needs. Access and a group have to be there.
+type Config struct {
+	Access *access.Control
+	Cache  *cache.Cache // nil: off
+	View   uint32       // stands in every cache key for whatever may change answers
+	// Groups are the upstream groups. Routes says by the question's name which of them is asked, by its index, whatever the
+	// type and the class; the first one gets the questions that Routes, which may be nil, does not match. Cached answers are
+	// found without asking Routes: View has to be another one when Routes or what a group may answer is.
+	Groups []Group
+	Routes *route.Table
 	// Chaos maps class CH names ("version.bind") to the text that they are answered with; all others are refused.
 	Chaos map[string]string
 	// Shape is what all responses have in common; UDPSize is 1232 and PadBlock 468 when they are 0.
@@ -115,8 +127,8 @@ type Pipeline struct {
 	access   *access.Control
 	cache    *cache.Cache
 	view     uint32
-	upstream Exchanger
-	trustAD  bool
+	groups   []Group
+	routes   *route.Table
 	chaos    map[string]*wire.Answer // by lower-case QNAME in wire form
 	shape    wire.Shape
 	inflight int64
@@ -135,8 +147,10 @@ func New(c Config) (*Pipeline, error) {
 	switch {
 	case c.Access == nil:
 		return nil, errors.New("no access control")
-	case c.Upstream == nil:
+	case len(c.Groups) == 0 || slices.ContainsFunc(c.Groups, func(g Group) bool { return g.Upstream == nil }):
 		return nil, errors.New("no upstream")
+	case c.Routes.Groups() > len(c.Groups):
+		return nil, fmt.Errorf("a route to group %d of %d", c.Routes.Groups()-1, len(c.Groups))
 	case c.Inflight < 0:
 		return nil, fmt.Errorf("a bound of %d exchanges", c.Inflight)
 	}
@@ -159,8 +173,8 @@ func New(c Config) (*Pipeline, error) {
 		access:   c.Access,
 		cache:    c.Cache,
 		view:     c.View,
-		upstream: c.Upstream,
-		trustAD:  c.TrustAD,
+		groups:   slices.Clone(c.Groups),
+		routes:   c.Routes,
 		shape:    c.Shape,
 		inflight: int64(c.Inflight),
 		observer: c.Observer,

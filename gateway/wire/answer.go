@@ -3,7 +3,6 @@ package wire
 import (
 	"encoding/binary"
 	"errors"
-	"math"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -11,8 +10,8 @@ import (
 )
 
 // Answer is a response as the cache keeps it: header, question and records in packed form, without the hop-by-hop
-// records OPT and TSIG. Only [NewAnswer] makes one. Its maker may change Secure and EDE and call ClampTTL until it shares
-// the Answer; from then on nobody writes to it, and any number of goroutines may read it.
+// records OPT, TSIG and SIG(0). Only [ReadAnswer] makes one. Its maker may change Secure and EDE and call ClampTTL and Age
+// until it shares the Answer; from then on nobody writes to it, and any number of goroutines may read it.
 type Answer struct {
 	Msg    []byte   // the packed response; its length is at most MaxMessage
 	TTLs   []uint16 // the offset in Msg of every record's TTL field, in the order of the records
@@ -53,59 +52,80 @@ var (
 	errRecord   = errors.New("a record does not fit in the message")
 	errTrailing = errors.New("octets behind the last record")
 	errOPT      = errors.New("bad OPT record")
-	errTSIG     = errors.New("a TSIG record is not the last one")
 	errSOA      = errors.New("bad SOA record")
+	errName     = errors.New("a record with an unreadable name or address")
+
+	errSignature = errors.New("a TSIG or SIG(0) record is not the last one")
 )
 
-// NewAnswer reads a packed response. An OPT record in it is taken out: its extended RCODE bits and its extended DNS
-// errors are kept in the Answer. NewAnswer takes ownership of msg and may change it. It returns an error for everything
-// that is not one whole response to one question. It does not follow compression pointers and, apart from the SOA record,
-// does not look into RDATA: bytes from a server must have been unpacked and packed again before, or names in them can
-// mean anything, though nothing that harms the gateway.
-func NewAnswer(msg []byte) (*Answer, error) {
-	l, err := survey(msg)
-	if err != nil {
-		return nil, err
+// ReadAnswer reads a packed response, which it neither changes nor keeps. An OPT record in it is taken out: its extended
+// RCODE bits and its extended DNS errors are kept in the Answer, and options is its RDATA, which aliases msg. ReadAnswer
+// returns an error for everything that is not one whole response to one question, names that clients could not read
+// included, so that bytes from a server may come straight here.
+func ReadAnswer(msg []byte) (a *Answer, options []byte, err error) {
+	c := names{msg: msg}
+	if len(msg) >= HeaderLen {
+		records := int(binary.BigEndian.Uint16(msg[6:])) + int(binary.BigEndian.Uint16(msg[8:])) +
+			int(binary.BigEndian.Uint16(msg[10:]))
+		c.ttl = make([]uint16, 0, min(records, len(msg)/minRecord))
 	}
-	a := &Answer{
+	l, err := survey(msg, &c)
+	if err != nil {
+		return nil, nil, err
+	}
+	a = &Answer{
 		Rcode:   l.rcode(msg),
 		qend:    uint16(l.qend),
 		answers: uint16(l.answers),
 		auths:   uint16(l.auths),
 		facts:   l.lifetime,
+		TTLs:    c.ttl,
 	}
 	if l.optEnd > 0 {
-		a.EDE = readEDE(msg[l.optData:l.optEnd])
+		options = msg[l.optData:l.optEnd]
+		a.EDE = readEDE(options)
 	}
+	end := len(msg)
+	if l.signature > 0 {
+		end = l.signature
+	}
+	if l.optEnd == end {
+		end, l.optEnd = l.optStart, 0 // it is not even copied
+	}
+	kept := make([]byte, end)
+	copy(kept, msg)
 	var whole bool
-	if a.Msg, whole = l.strip(msg); !whole {
+	if a.Msg, whole = l.strip(kept); !whole {
 		// What is gone says nothing about the lifetime of what is left.
-		if l, err = survey(a.Msg); err != nil {
-			return nil, err
+		if l, err = survey(a.Msg, nil); err != nil {
+			return nil, nil, err
 		}
 		a.facts = l.lifetime
 	}
-	a.index()
-	return a, nil
+	if l.optEnd > 0 || !whole || len(a.Msg)+optLen > MinUDPSize {
+		a.index()
+	}
+	for _, off := range a.TTLs {
+		if ttl := a.Msg[off : off+4]; ttl[0] > 0x7f {
+			binary.BigEndian.PutUint32(ttl, 0) // RFC 2181, section 8
+		}
+	}
+	return a, options, nil
 }
+
+// minRecord is the length of the shortest record: the root's, without RDATA.
+const minRecord = 11
 
 // index fills in the offsets of the TTLs and the places where Msg may be cut. Msg has been surveyed.
 func (a *Answer) index() {
 	records := int(a.answers) + int(a.auths) + int(binary.BigEndian.Uint16(a.Msg[10:]))
-	if records == 0 {
-		return
-	}
-	a.TTLs = make([]uint16, 0, records)
+	a.TTLs = a.TTLs[:0]
 	var ends []cut
 	var sets []uint64
 	big := len(a.Msg)+optLen > MinUDPSize
 	off := int(a.qend)
 	for i := range records {
 		r, next := readRecord(a.Msg, off)
-		ttl := a.Msg[r.data-6:]
-		if r.ttl > math.MaxInt32 {
-			binary.BigEndian.PutUint32(ttl, 0) // RFC 2181, section 8
-		}
 		a.TTLs = append(a.TTLs, uint16(r.data-6))
 		if big {
 			sets = append(sets, a.rrset(i, off, next, r))
@@ -165,6 +185,34 @@ func (a *Answer) ClampTTL(low, high uint32) {
 		binary.BigEndian.PutUint32(field, min(max(binary.BigEndian.Uint32(field), low), high))
 	}
 	a.facts.ttl = min(max(a.facts.ttl, low), high)
+}
+
+// Age takes seconds off every TTL of a, as a cache on the way has used them up. It must not be called once a is shared.
+func (a *Answer) Age(seconds uint32) {
+	for _, off := range a.TTLs {
+		field := a.Msg[off : off+4]
+		ttl := binary.BigEndian.Uint32(field)
+		binary.BigEndian.PutUint32(field, ttl-min(ttl, seconds))
+	}
+	a.facts.ttl -= min(a.facts.ttl, seconds)
+}
+
+// AD reports whether the response that a was made of had AD set: its sender says that it is secure.
+func (a *Answer) AD() bool { return a.Msg[3]&byte(FlagAD) != 0 }
+
+// Answers reports whether the response that a was made of had q's question, letter case aside.
+func (a *Answer) Answers(q *Query) bool {
+	end := HeaderLen + len(q.Name)
+	if int(a.qend) != end+4 || binary.BigEndian.Uint16(a.Msg[end:]) != q.Qtype ||
+		binary.BigEndian.Uint16(a.Msg[end+2:]) != q.Qclass {
+		return false
+	}
+	for i, c := range a.Msg[HeaderLen:end] {
+		if lower(c) != lower(q.Name[i]) {
+			return false
+		}
+	}
+	return true
 }
 
 // Clone returns a copy of a that shares no memory with it and whose slices are no larger than they have to be.

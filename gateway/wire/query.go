@@ -4,7 +4,7 @@
 // turn an [Answer] or an RCODE into the bytes that go back. It knows RFC 1035 framing and RFC 6891 EDNS and nothing of
 // policy: who may ask, what is cached and where questions go is decided elsewhere.
 //
-// What surprises a newcomer: nothing here allocates but [NewAnswer] and [Answer.Clone], and a [Query] aliases the buffer
+// What surprises a newcomer: nothing here allocates but [ReadAnswer] and [Answer.Clone], and a [Query] aliases the buffer
 // that it was parsed from.
 package wire
 
@@ -166,6 +166,21 @@ func (q *Query) AD() bool { return q.Flags&FlagAD != 0 }
 
 // Opcode returns the OPCODE, RFC 1035, section 4.1.1.
 func (q *Query) Opcode() uint8 { return uint8(q.Flags & opcodeMask >> 11) }
+
+// Question is what leaves the gateway of a query: its question as the client spelled it, and the bits that change what an
+// answer is. Name is in wire form; whoever keeps a Question copies it.
+type Question struct {
+	Name   []byte
+	Qtype  uint16
+	Qclass uint16
+	DO     bool
+	CD     bool
+}
+
+// Question returns q's. Its name aliases q.Raw.
+func (q *Query) Question() Question {
+	return Question{Name: q.Name, Qtype: q.Qtype, Qclass: q.Qclass, DO: q.DO, CD: q.CD()}
+}
 
 // Key returns the cache key of q for view: QNAME in lower case, QTYPE, DO, CD and the view's number. It aliases q and is
 // valid until the next Parse or Key. It must not be called without a sound question. The class is not in it: only answers

@@ -8,7 +8,7 @@ import (
 
 // lifetime is what a response says about how long it may be kept.
 type lifetime struct {
-	ttl     uint32 // the smallest TTL of all records but OPT and TSIG; 0 if there are none
+	ttl     uint32 // the smallest TTL of all records but OPT, TSIG and SIG(0); 0 if there are none
 	minimum uint32 // the smallest MINIMUM field of the SOA records in the authority section
 	soa     bool   // there is such an SOA record
 	data    bool   // the answer section has a record of the type that was asked for
@@ -47,7 +47,7 @@ func (l *lifetime) seconds(rcode uint16, truncated bool) uint32 {
 // field (RFC 2308, section 5), and 0 if there is no SOA record, as in a referral. It is 0 for a truncated response, for
 // one with an RCODE other than NOERROR and NXDOMAIN, and for one that cannot be read. It does not allocate.
 func Lifetime(msg []byte) uint32 {
-	l, err := survey(msg)
+	l, err := survey(msg, nil)
 	if err != nil {
 		return 0
 	}
@@ -59,20 +59,20 @@ type layout struct {
 	lifetime
 	qend           int // the offset behind the question
 	answers, auths int
-	records        int // all records but OPT and TSIG
+	records        int // all records but OPT, TSIG and SIG(0)
 	beforeOPT      int // those of them that come before the OPT record
 	optStart       int // the OPT record
 	optData        int // its RDATA
 	optEnd         int // the offset behind it, 0 if there is none
 	optRcode       uint16
-	tsig           int // the offset of the TSIG record, 0 if there is none
+	signature      int // the offset of the TSIG or SIG(0) record, 0 if there is none
 }
 
 // rcode returns the extended RCODE of msg.
 func (l *layout) rcode(msg []byte) uint16 { return l.optRcode | uint16(msg[3]&0xf) }
 
-// survey walks a packed response from end to end.
-func survey(msg []byte) (layout, error) {
+// survey walks a packed response from end to end. With c, it also looks into names and RDATA.
+func survey(msg []byte, c *names) (layout, error) {
 	var l layout
 	if len(msg) < HeaderLen || binary.BigEndian.Uint16(msg[2:])&(FlagQR|opcodeMask) != FlagQR {
 		return l, errHeader
@@ -99,6 +99,17 @@ func survey(msg []byte) (layout, error) {
 		if err := l.record(msg, i, off, next, r, qtype); err != nil {
 			return l, err
 		}
+		if c != nil {
+			if c.check(off) < 0 {
+				return l, errName
+			}
+			if len(c.ttl) < l.records {
+				c.ttl = append(c.ttl, uint16(r.data-6))
+			}
+			if r.class == ClassIN && !c.sound(r.typ, r.data, next) {
+				return l, errName
+			}
+		}
 		off = next
 	}
 	if off != len(msg) {
@@ -110,8 +121,8 @@ func survey(msg []byte) (layout, error) {
 // record takes note of record number i, which lies between off and next.
 func (l *layout) record(msg []byte, i, off, next int, r record, qtype uint16) error {
 	inAdditional := i >= l.answers+l.auths
-	if l.tsig > 0 {
-		return errTSIG // RFC 8945, section 5.1
+	if l.signature > 0 {
+		return errSignature // RFC 8945, section 5.1 and RFC 2931, section 3.2
 	}
 	switch r.typ {
 	case TypeOPT:
@@ -124,10 +135,16 @@ func (l *layout) record(msg []byte, i, off, next int, r record, qtype uint16) er
 		return nil
 	case TypeTSIG:
 		if !inAdditional {
-			return errTSIG
+			return errSignature
 		}
-		l.tsig = off
+		l.signature = off
 		return nil
+	case typeSIG:
+		// A SIG record that covers no type is SIG(0): a transaction's, as TSIG, and meant for us.
+		if inAdditional && next-r.data >= 2 && binary.BigEndian.Uint16(msg[r.data:]) == 0 {
+			l.signature = off
+			return nil
+		}
 	case TypeSOA:
 		if i >= l.answers && !inAdditional {
 			minimum, ok := soaMinimum(msg, r.data, next)
@@ -170,16 +187,13 @@ func soaMinimum(msg []byte, data, end int) (uint32, bool) {
 	return minimum, true
 }
 
-// strip returns msg without its OPT and TSIG records, ARCOUNT corrected.
+// strip takes the OPT record, if l knows of one, out of msg, and corrects ARCOUNT.
 //
 // Records that follow the OPT record move up, and with them what compression pointers mean. Only for a few types is it
 // certain that their RDATA has none, so a record of another type, and all behind it, go too: additional records are a
 // courtesy, and most servers send the OPT record last. whole reports whether all records are still there.
 func (l *layout) strip(msg []byte) (stripped []byte, whole bool) {
 	kept := l.records
-	if l.tsig > 0 {
-		msg = msg[:l.tsig]
-	}
 	if l.optEnd > 0 {
 		n, end := moveUp(msg, l.optStart, l.optEnd)
 		kept = l.beforeOPT + n
