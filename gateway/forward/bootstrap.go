@@ -171,7 +171,11 @@ func (b *bootstrap) store(h *host, f found, final bool) {
 		h.ttl = min(max(f.ttl, minAddressTTL), maxAddressTTL)
 		h.expires, h.retry, h.failures = now.Add(h.ttl), now, 0
 	} else if final {
-		h.retry = now.Add(min(maxLookupPause, minLookupPause<<min(h.failures, 6)))
+		longest := maxLookupPause
+		if len(h.addrs) == 0 {
+			longest = 2 * minLookupPause // clients wait for the network to come up
+		}
+		h.retry = now.Add(min(longest, minLookupPause<<min(h.failures, 6)))
 		h.failures++
 	}
 	if h.lookup != nil {

@@ -129,14 +129,14 @@ func TestClientFaults(t *testing.T) {
 		{"tls", cutMessage, KindMalformed, "malformed"},
 		{"tls", cutFrame, KindIO, ""},
 		{"tls", reset, KindIO, "reset"},
-		{"tls", truncated, KindMismatch, "truncated"},
+		{"tls", truncated, KindMalformed, "truncated"},
 		{"tcp", hang, KindTimeout, ""},
 		{"tcp", reset, KindIO, "reset"},
 		{"udp", hang, KindTimeout, ""},
 		{"udp", garbage, KindTimeout, "packets that were none"},
 		{"udp", wrongID, KindTimeout, "packets that were none"},
 		{"udp", wrongName, KindTimeout, "packets that were none"},
-		{"udp", truncated, KindMismatch, "truncated"}, // over TCP too
+		{"udp", truncated, KindMalformed, "truncated"}, // over TCP too
 		{"https", hang, KindTimeout, ""},
 		{"https", badCert, KindTLS, "unknown authority"},
 		{"https", garbage, KindMismatch, ""},

@@ -367,7 +367,11 @@ func (c *discoverClient) discover() {
 		// What was found before stays in use: it is verified whenever a connection is opened.
 		c.err = &Error{Kind: KindBootstrap, Err: err}
 		c.failures++
-		c.retry = now.Add(pauseAfter(c.failures))
+		pause := pauseAfter(c.failures)
+		if len(c.designated) == 0 {
+			pause = min(pause, 2*minLookupPause) // clients wait for the network to come up
+		}
+		c.retry = now.Add(pause)
 		return
 	}
 	c.err, c.failures, c.found = nil, 0, now

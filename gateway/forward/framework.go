@@ -92,7 +92,7 @@ func (c *frameworkClient) ask(ctx context.Context, q *query) (*wire.Answer, erro
 		}
 		a, err := q.checkMessage(o.resp)
 		if err == nil && a.Truncated() {
-			return nil, mismatch("truncated, over TCP too")
+			return nil, malformed("truncated, over TCP too")
 		}
 		return a, err
 	case <-ctx.Done():

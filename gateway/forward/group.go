@@ -201,7 +201,7 @@ func (g *Group) addTiers(cfg Config, open func(Server, ServerObserver) (client, 
 				continue
 			}
 			s := newServer(spec, i+1, c, obs, cfg.Breaker, g.log)
-			s.alone = g.allAway
+			s.group = g
 			if cfg.Previous != nil {
 				if old := cfg.Previous.find(spec); old != nil {
 					s.inherit(old)
@@ -222,9 +222,18 @@ func (g *Group) addTiers(cfg Config, open func(Server, ServerObserver) (client, 
 	return errs
 }
 
-// allAway reports whether no server is in use.
-func (g *Group) allAway() bool {
-	return !slices.ContainsFunc(g.servers, func(s *server) bool { return !s.away.Load() })
+// pace returns what is usual for the fastest of the servers in use, 0 while that is unknown, and whether there are any.
+func (g *Group) pace() (best time.Duration, any bool) {
+	for _, s := range g.servers {
+		if s.away.Load() {
+			continue
+		}
+		any = true
+		if usual := time.Duration(s.usual.Load()); usual > 0 && (best == 0 || usual < best) {
+			best = usual
+		}
+	}
+	return best, any
 }
 
 // find returns the group's server that is the same as spec, or nil.

@@ -306,9 +306,10 @@ func TestBreaker(t *testing.T) {
 		}
 		g.Close()
 		got := logged.String()
-		if n := strings.Count(got, "\n"); n != 2 || !strings.Contains(got, `level=WARN msg="upstream failing" group=g`) &&
+		if n := strings.Count(got, "\n"); n != 3 || !strings.Contains(got, `level=INFO msg="upstream suspect"`) ||
+			!strings.Contains(got, `level=WARN msg="upstream failing"`) ||
 			!strings.Contains(got, `level=INFO msg="upstream recovered"`) {
-			t.Errorf("got log\n%s\nwant one line for each of two changes", got)
+			t.Errorf("got log\n%s\nwant one line for each of three changes", got)
 		}
 	})
 }

@@ -32,9 +32,12 @@ const (
 	// patientProbes is after how many probes the time between them begins to double.
 	patientProbes = 8
 
-	// lateWeight is the share of one query in lateShare, and lossyShare the lateShare that makes a server suspect. In
-	// normal times it is about 1/hedgeShare, and its deviation a tenth of lossyShare.
-	lateWeight = 1.0 / 32
+	// lateWeight is the share of one query in lateShare, and from troubledShare on the budget of hedges does not count. In
+	// normal times it is about 1/hedgeShare, and its deviation a fifth of troubledShare.
+	lateWeight    = 1.0 / 32
+	troubledShare = 0.1
+	// lostWeight is the share of one query in lostShare, and lossyShare the lostShare that makes a server suspect.
+	lostWeight = 1.0 / 64
 	lossyShare = 0.15
 	// lossyProbes is how many probes in a row a server has to answer that lost queries: with 30 % lost, one in 35 such
 	// rows succeeds.
@@ -43,12 +46,15 @@ const (
 	probePause = 10 * time.Millisecond
 	// relapseWithin is how soon after its recovery trouble counts as the same trouble: then more probes are asked for.
 	relapseWithin = 10 * time.Second
+	relapseBefore = 20 // or so few answers
 	maxRelapses   = 2
 	// quickProbe is the least time for a probe over a connection that may be dead.
 	quickProbe = 100 * time.Millisecond
 
 	// latencyWeight is the share of a new sample in the decaying mean.
 	latencyWeight = 0.2
+	// usualWeight is one part in how many a new sample is of what is usual.
+	usualWeight = 8
 	// latencyHalfLife is how fast the memory of a slow server fades, so that it is tried again.
 	latencyHalfLife = 20 * time.Second
 )
@@ -79,8 +85,9 @@ type server struct {
 	away    atomic.Bool  // suspect or failing
 	high    atomic.Int64 // what nearly all answers are faster than, as a time.Duration; 0 while unknown
 	hedge   atomic.Int64 // the same within minHedge and maxHedge
+	usual   atomic.Int64 // the decaying mean of answers that came in time, as a time.Duration; 0 while unknown
 	watched atomic.Bool  // watch runs
-	alone   func() bool  // reports whether all servers of the group are away
+	group   *Group
 	wake    chan struct{}
 
 	mu sync.Mutex
@@ -94,18 +101,21 @@ type memory struct {
 	since       time.Time
 	fails       int     // in a row
 	unanswered  int     // late queries in a row since which nothing came at all
-	lateShare   float64 // decaying share of the queries that were late, lost or broken
+	lateShare   float64 // decaying share of the queries that were late
+	lostShare   float64 // decaying share of those that broke, or were late where another server was not
 	refutals    int     // in a row
 	refutedBy   *query  // the last of them
+	outrunBy    *query  // the last that another server answered while this one was late
 	relapses    int     // recoveries in a row that did not last
+	recovered   bool    // it was away once
+	good        int     // answers in time since the last recovery
 	lastAnswer  time.Time
 	lastErr     string
 	latency     float64 // decaying mean in nanoseconds
 	latencyTime time.Time
 	latencies   latencies
-	usual       time.Duration // the latency while it was well
-	tries       int           // while failing: those that were, and the one that is due at retry
-	retry       time.Time     // when a failing server is tried again
+	tries       int       // while failing: those that were, and the one that is due at retry
+	retry       time.Time // when a failing server is tried again
 }
 
 func newServer(spec Server, tier int, c client, obs ServerObserver, b Breaker, log *slog.Logger) *server {
@@ -126,6 +136,7 @@ func (s *server) inherit(old *server) {
 	old.mu.Unlock()
 	s.high.Store(old.high.Load())
 	s.hedge.Store(old.hedge.Load())
+	s.usual.Store(old.usual.Load())
 	if s.state == StateSuspect || s.state == StateFailing {
 		s.away.Store(true)
 		s.wake <- struct{}{}
@@ -133,15 +144,14 @@ func (s *server) inherit(old *server) {
 }
 
 // answered notes a checked response after d to a query that was sent at the time sent. A SERVFAIL is one: the server
-// lives. Late says that overdue has counted the query already.
-func (s *server) answered(now, sent time.Time, d time.Duration, rcode uint16, late bool) {
+// lives.
+func (s *server) answered(now, sent time.Time, d time.Duration, rcode uint16) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.lastAnswer, s.fails, s.unanswered = now, 0, 0
-	if !late {
-		s.lateShare -= s.lateShare * lateWeight
-	}
-	if rcode != wire.RcodeServFail && rcode != wire.RcodeRefused {
+	s.lateShare -= s.lateShare * lateWeight
+	s.lostShare -= s.lostShare * lostWeight
+	if !noAnswer(rcode) {
 		s.refutals, s.refutedBy = 0, nil
 	} else if s.state == StateUnknown {
 		return // no sign of health
@@ -150,12 +160,12 @@ func (s *server) answered(now, sent time.Time, d time.Duration, rcode uint16, la
 	case StateUnknown:
 		s.recoverLocked(now)
 	case StateSuspect:
-		if s.why != troubleSilent || d > s.boundLocked() {
+		if s.why != troubleSilent || d > s.bound() {
 			return
 		}
 		s.recoverLocked(now)
 	case StateFailing:
-		if sent.Before(s.since) || d > s.boundLocked() || s.why != troubleErrors && s.why != troubleSilent {
+		if sent.Before(s.since) || d > s.bound() || s.why != troubleErrors && s.why != troubleSilent {
 			return // stragglers of before, and luck, are no recovery: the probes tell
 		}
 		s.recoverLocked(now)
@@ -163,9 +173,26 @@ func (s *server) answered(now, sent time.Time, d time.Duration, rcode uint16, la
 	s.sampleLocked(now, d)
 }
 
-// heard notes that an answer came that nobody waited for any more.
+// heard notes an answer that nobody waited for any more. It says that the server lives. It is no sample of its latency:
+// what loses to other servers must not become what is usual.
 func (s *server) heard(now, sent time.Time) {
-	s.answered(now, sent, now.Sub(sent), wire.RcodeSuccess, true)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lastAnswer, s.unanswered = now, 0
+	if s.state == StateSuspect && s.why == troubleSilent && now.Sub(sent) <= s.bound() {
+		s.recoverLocked(now)
+	}
+}
+
+// outrun notes that another server answered q while this one was late.
+func (s *server) outrun(now time.Time, q *query) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.outrunBy = q
+	s.lostShare += (1 - s.lostShare) * lostWeight
+	if s.unanswered < defaultOpenAfter && s.lostShare > lossyShare { // else it is silent, and the file says when that counts
+		s.suspectLocked(now, troubleLossy, "too many queries that other servers answered sooner")
+	}
 }
 
 // overdue notes that a query sent at the time sent has waited for longer than almost all others. It reports whether
@@ -174,20 +201,16 @@ func (s *server) overdue(now, sent time.Time) (wrong bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.lateShare += (1 - s.lateShare) * lateWeight
-	if s.lastAnswer.Before(sent) {
+	if !s.lastAnswer.After(sent) {
 		s.unanswered++
 	} else {
 		s.unanswered = 0
 	}
-	switch {
-	case s.unanswered >= s.breaker.OpenAfter:
+	if s.unanswered >= s.breaker.OpenAfter {
 		s.suspectLocked(now, troubleSilent, "no answers")
 		return true
-	case s.lateShare > lossyShare:
-		s.suspectLocked(now, troubleLossy, "too many queries without an answer in time")
-		return true
 	}
-	return s.lateShare > lossyShare/2 || s.away.Load()
+	return s.lateShare > troubledShare || s.away.Load()
 }
 
 // recoverLocked makes the server ok; s.mu is held.
@@ -196,11 +219,13 @@ func (s *server) recoverLocked(now time.Time) {
 	if was == StateOK {
 		return
 	}
-	s.state, s.since, s.tries, s.fails, s.unanswered, s.lateShare, s.refutals = StateOK, now, 0, 0, 0, 0, 0
+	s.state, s.since, s.tries, s.fails, s.unanswered, s.refutals = StateOK, now, 0, 0, 0, 0
+	s.lateShare, s.lostShare = 0, 0
+	s.outrunBy, s.good, s.recovered = nil, 0, was != StateUnknown
 	s.away.Store(false)
 	s.obs.State(StateOK)
 	if was != StateUnknown {
-		s.log.Info("upstream recovered", "after", down.Round(time.Millisecond))
+		s.log.Info("upstream recovered", "after", down.Round(time.Millisecond).String())
 	}
 }
 
@@ -234,12 +259,11 @@ func (s *server) failLocked(now time.Time, why trouble) {
 
 func (s *server) leaveLocked(now time.Time, state string, why trouble) {
 	if s.state != StateSuspect { // else it is the same trouble that goes on
-		if s.state == StateOK && now.Sub(s.since) < relapseWithin {
+		if s.recovered && s.state == StateOK && (now.Sub(s.since) < relapseWithin || s.good < relapseBefore) {
 			s.relapses = min(s.relapses+1, maxRelapses)
 		} else {
 			s.relapses = 0
 		}
-		s.usual = time.Duration(s.latency)
 	}
 	s.state, s.why, s.since = state, why, now
 	s.away.Store(true)
@@ -250,20 +274,23 @@ func (s *server) leaveLocked(now time.Time, state string, why trouble) {
 	}
 }
 
-// boundLocked returns how long an answer may take that shows the server to be well; s.mu is held. A server that is slower
-// than it was is no help while others are well. Where none is, it may be the way there that has become long.
-func (s *server) boundLocked() time.Duration {
+// bound returns how long an answer may take that shows the server to be well. A server that is slower than it was is no
+// help while others are well and fast. It is above maxHedge, or a server could come back that is left for the next one at
+// each query.
+func (s *server) bound() time.Duration {
+	best, any := s.group.pace()
+	usual := time.Duration(s.usual.Load())
 	switch {
-	case s.alone():
+	case !any: // it may be the way to all of them that has become long
 		return DefaultDeadline
-	case s.usual == 0:
+	case usual == 0:
 		return DefaultDeadline / 2
 	}
-	return max(maxHedge, 2*s.usual)
+	return max(maxHedge, 2*usual, 2*best)
 }
 
-// failed notes an exchange that gave no response. Late says that overdue has counted the query already.
-func (s *server) failed(now time.Time, d time.Duration, err error, late bool) {
+// failed notes an exchange that gave no response.
+func (s *server) failed(now time.Time, d time.Duration, err error) {
 	kind := kindOf(err)
 	switch kind {
 	case KindAbandoned, KindBusy, KindClosed, KindBackoff:
@@ -281,10 +308,8 @@ func (s *server) failed(now time.Time, d time.Duration, err error, late bool) {
 	if s.fails++; s.fails >= s.breaker.OpenAfter {
 		s.failLocked(now, troubleErrors)
 	}
-	if late {
-		return
-	}
-	if s.lateShare += (1 - s.lateShare) * lateWeight; s.lateShare > lossyShare {
+	s.lostShare += (1 - s.lostShare) * lostWeight
+	if s.fails < defaultOpenAfter && s.lostShare > lossyShare { // else it only fails, and the file says when that counts
 		s.suspectLocked(now, troubleLossy, s.lastErr)
 	}
 }
@@ -296,7 +321,7 @@ func (s *server) silent(now time.Time, d time.Duration) {
 	alive := s.lastAnswer.After(now.Add(-d))
 	s.mu.Unlock()
 	if !alive {
-		s.failed(now, d, fault(KindTimeout, "no answer within %v", d.Round(time.Millisecond)), true)
+		s.failed(now, d, fault(KindTimeout, "no answer within %v", d.Round(time.Millisecond)))
 	}
 }
 
@@ -327,9 +352,15 @@ func (s *server) pauseLocked(now time.Time) {
 // sampleLocked learns from an answer after d; s.mu is held.
 func (s *server) sampleLocked(now time.Time, d time.Duration) {
 	s.meanLocked(now, d)
+	s.good++
+	if usual := time.Duration(s.usual.Load()); usual == 0 {
+		s.usual.Store(int64(d))
+	} else {
+		s.usual.Store(int64(usual + (d-usual)/usualWeight))
+	}
 	s.latencies.add(d)
 	// The histogram is read now and then only, and more often while it is new.
-	if n := s.latencies.total; n < fewSamples || n%32 == 0 {
+	if n := s.latencies.total; n <= fewSamples || n%32 == 0 {
 		high := s.latencies.high()
 		s.high.Store(int64(high))
 		s.hedge.Store(int64(min(max(high, minHedge), maxHedge)))
@@ -402,11 +433,6 @@ func (s *server) watch(ctx context.Context, timeout time.Duration) {
 	s.watched.Store(true)
 	defer s.watched.Store(false)
 	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-s.wake:
-		}
 		for s.away.Load() {
 			s.mu.Lock()
 			state, why, retry := s.state, s.why, s.retry
@@ -417,23 +443,34 @@ func (s *server) watch(ctx context.Context, timeout time.Duration) {
 			if !s.away.Load() {
 				break // a client's question has shown it to be well
 			}
-			well := s.verify(ctx, timeout, state, why)
+			well, took := s.verify(ctx, timeout, state, why)
 			if ctx.Err() != nil {
 				return
 			}
-			s.verified(time.Now(), well, why)
+			s.verified(time.Now(), well, why, took)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.wake:
 		}
 	}
 }
 
 // verified notes the outcome of verify.
-func (s *server) verified(now time.Time, well bool, why trouble) {
+func (s *server) verified(now time.Time, well bool, why trouble, took time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
 	case !s.away.Load():
 	case well:
 		s.recoverLocked(now)
+		if took > time.Duration(s.high.Load()) {
+			// It is well, and slower than the histogram knows: what is given up, as hedges win, does not get there.
+			s.latencies = latencies{}
+			s.high.Store(0)
+			s.hedge.Store(int64(maxHedge))
+		}
 	case s.state == StateSuspect:
 		s.failLocked(now, why)
 	default:
@@ -454,13 +491,16 @@ func sleep(ctx context.Context, d time.Duration) bool {
 }
 
 // verify probes the server and reports whether it is well. A first probe may take its time, because it may have to open
-// a connection; the next ones have to be answered as promptly as clients want it.
-func (s *server) verify(ctx context.Context, timeout time.Duration, state string, why trouble) bool {
+// a connection; the next ones have to be answered as promptly as clients want it, and took is what the fastest took.
+func (s *server) verify(ctx context.Context, timeout time.Duration, state string, why trouble) (well bool, took time.Duration) {
 	if why == troubleRefuted {
-		return s.verifyAnswers(ctx, timeout)
+		return s.verifyAnswers(ctx, timeout), 0
 	}
 	s.mu.Lock()
-	bound, rounds := s.boundLocked(), 1
+	bound, rounds, outrunBy := s.bound(), 1, s.outrunBy
+	if why == troubleSilent && s.relapses == 0 || s.tries > patientProbes {
+		outrunBy = nil // some names may be slow, or this one may be slow there for long
+	}
 	if why == troubleLossy {
 		rounds = lossyProbes << s.relapses
 	}
@@ -472,15 +512,25 @@ func (s *server) verify(ctx context.Context, timeout time.Duration, state string
 			c.renew(quickProbe / 2)
 		}
 		if s.probe(ctx, min(timeout, 3*bound), rootQuery) != nil {
-			return false
+			return false, 0
 		}
 	}
+	took = bound
 	for i := range rounds {
-		if i > 0 && !sleep(ctx, probePause) || s.probe(ctx, bound, rootQuery) != nil {
-			return false
+		if i > 0 && !sleep(ctx, probePause) {
+			return false, 0
 		}
+		start := time.Now()
+		if s.probe(ctx, bound, rootQuery) != nil {
+			return false, 0
+		}
+		took = min(took, time.Since(start))
 	}
-	return true
+	if outrunBy == nil {
+		return true, took
+	}
+	// The root's servers are at hand even where all else is not.
+	return s.probe(ctx, bound, outrunBy) == nil, took
 }
 
 // verifyAnswers is verify for a server whose answers were refuted. It may have forwarded them; it is also well when it can
@@ -501,7 +551,7 @@ func (s *server) probe(ctx context.Context, timeout time.Duration, q *query) err
 	d := time.Since(start)
 	if err == nil {
 		s.obs.Done(d, int(resp.Rcode), "")
-		if q != rootQuery && (resp.Rcode == wire.RcodeServFail || resp.Rcode == wire.RcodeRefused) {
+		if q != rootQuery && noAnswer(resp.Rcode) {
 			return errStillRefuted
 		}
 		s.mu.Lock()
@@ -518,7 +568,17 @@ func (s *server) probe(ctx context.Context, timeout time.Duration, q *query) err
 	return err
 }
 
-var errStillRefuted = errors.New("SERVFAIL or REFUSED")
+var errStillRefuted = errors.New("an RCODE that is no answer")
+
+// noAnswer reports whether rcode says that the server has no answer, where another one may: SERVFAIL, REFUSED, and what is
+// about our query and not about the question, FORMERR, NOTIMP and the extended ones (BADVERS, BADCOOKIE, ...).
+func noAnswer(rcode uint16) bool {
+	switch rcode {
+	case wire.RcodeServFail, wire.RcodeRefused, wire.RcodeFormErr, wire.RcodeNotImp:
+		return true
+	}
+	return rcode > 15
+}
 
 // rootQuery is ". NS", which every resolver has at hand.
 var rootQuery = newQuery(wire.Question{Name: []byte{0}, Qtype: 2, Qclass: wire.ClassIN})

@@ -176,7 +176,7 @@ func (l *httpLink) roundTrip(req *http.Request, q *query) (*wire.Answer, error) 
 	case err != nil:
 		return nil, err
 	case a.Truncated():
-		return nil, mismatch("truncated over HTTP")
+		return nil, malformed("truncated over HTTP")
 	}
 	// What an HTTP cache on the way has already used up, RFC 8484, section 5.1.
 	if seconds, err := strconv.ParseUint(resp.Header.Get("Age"), 10, 31); err == nil {

@@ -22,6 +22,8 @@ const (
 	maxDraining = 2
 	// maxConnections is how many connections may be open at once, those that are being opened included.
 	maxConnections = maxLinks + maxDraining
+	// maxAgain is how often a query is asked again because a connection broke that had brought answers.
+	maxAgain = 64
 	// spread is how many queries a connection takes before a second one is opened.
 	spread = 64
 	// stallAfter is how long a connection with queries in flight may bring nothing before it is replaced. Slow names
@@ -196,7 +198,8 @@ type pool struct {
 	mu       sync.Mutex
 	links    []link
 	draining []link
-	grown    chan struct{} // closed, and replaced, when a link is added
+	closing  int           // how many connections are about to be closed
+	grown    chan struct{} // closed, and replaced, when a link is added, or closing is over
 	dialing  *dialing      // the newest dial under way, for which queries wait
 	dials    int           // how many are under way
 	failures int           // in a row; a link that brings its first answer ends the row
@@ -222,9 +225,9 @@ func newPool(env environment, dial func(context.Context, func(func())) (link, er
 }
 
 // ask sends q over one of the connections. When that breaks, and had been good before, q is asked once more over
-// another.
+// another: and again, because there are servers that close a connection after each answer.
 func (p *pool) ask(ctx context.Context, q *query) (*wire.Answer, error) {
-	for again := true; ; again = false {
+	for left := maxAgain; ; left-- {
 		l, err := p.get(ctx)
 		if err != nil {
 			return nil, err
@@ -237,7 +240,7 @@ func (p *pool) ask(ctx context.Context, q *query) (*wire.Answer, error) {
 		if !errors.As(err, &b) {
 			return nil, err
 		}
-		if !again || !b.again || ctx.Err() != nil {
+		if left == 0 || !b.again || ctx.Err() != nil {
 			return nil, b.err
 		}
 	}
@@ -260,8 +263,12 @@ func (p *pool) get(ctx context.Context) (link, error) {
 		if l != nil || err != nil {
 			return l, err
 		}
+		var done chan struct{}
+		if d != nil {
+			done = d.done
+		}
 		select {
-		case <-d.done:
+		case <-done:
 			if d.err != nil {
 				return nil, d.err
 			}
@@ -281,17 +288,20 @@ func (p *pool) pick(now time.Time) (best link, d *dialing, grown <-chan struct{}
 		return nil, nil, nil, errClosed
 	}
 	best, load, doomed := p.sweep(now)
+	if len(doomed) > 0 {
+		p.bury(doomed)
+		return p.pick(now)
+	}
 	// A dial that hangs shall not keep out one that might succeed now.
 	free := p.dialing == nil || p.dials < maxLinks && now.Sub(p.dialing.start) > stallAfter
 	if free && (best == nil || load >= best.vitals().spread && len(p.links) < maxLinks) {
-		full := len(p.links)+len(p.draining)+p.dials >= maxConnections
+		full := len(p.links)+len(p.draining)+p.dials+p.closing >= maxConnections
 		switch {
-		case full && best == nil && len(p.draining) > 0:
+		case full && best == nil && len(p.draining) > 0 && p.closing == 0:
 			// What may still come over the oldest is worth less than a connection that works. It is closed before.
 			oldest := p.draining[0]
 			p.draining = slices.Clone(p.draining[1:])
-			p.mu.Unlock()
-			bury(append(doomed, oldest))
+			p.bury([]link{oldest})
 			return p.pick(now)
 		case full:
 		case !now.Before(p.retry):
@@ -302,18 +312,24 @@ func (p *pool) pick(now time.Time) (best link, d *dialing, grown <-chan struct{}
 	}
 	d, grown = p.dialing, p.grown
 	p.mu.Unlock()
-	bury(doomed)
 	if best != nil {
 		return best, nil, nil, nil
 	}
 	return nil, d, grown, err
 }
 
-// bury closes links that went silent. The pool's lock is not held: closing may take a moment.
-func bury(doomed []link) {
+// bury closes links that went silent. p.mu is held and is released: closing may take a moment. Until then they count.
+func (p *pool) bury(doomed []link) {
+	p.closing += len(doomed)
+	p.mu.Unlock()
 	for _, l := range doomed {
 		l.vitals().die(errStalled)
 	}
+	p.mu.Lock()
+	p.closing -= len(doomed)
+	close(p.grown)
+	p.grown = make(chan struct{})
+	p.mu.Unlock()
 }
 
 // renewer is a client with connections that can be replaced.

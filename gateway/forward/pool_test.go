@@ -159,3 +159,51 @@ func TestDoHPath(t *testing.T) {
 		}
 	}
 }
+
+// TestRenew holds that a connection on which an answer is waited for is set aside: the next query gets a new one, the
+// answer still comes over the old one, which is closed then. One on which nothing is waited for stays.
+func TestRenew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := &piped{name: "a", hear: after(10 * time.Millisecond)}
+		pool := newPool(environment{timeout: time.Second}, p.dial)
+		defer pool.close()
+		ask := func() (took time.Duration) {
+			t.Helper()
+			start := time.Now()
+			if _, err := pool.ask(t.Context(), rootQuery); err != nil {
+				t.Error(err)
+			}
+			return time.Since(start)
+		}
+		ask()
+		if pool.renew(0) {
+			t.Error("renewed a connection on which nothing is waited for")
+		}
+		if ask(); p.conns.Load() != 1 {
+			t.Errorf("got %d connections, want the first one to stay when nothing is waited for", p.conns.Load())
+		}
+		p.set(after(800 * time.Millisecond))
+		late := make(chan time.Duration)
+		go func() { late <- ask() }()
+		time.Sleep(100 * time.Millisecond)
+		if pool.renew(101 * time.Millisecond) {
+			t.Error("renewed too soon")
+		}
+		if !pool.renew(100 * time.Millisecond) {
+			t.Error("not renewed")
+		}
+		p.set(after(10 * time.Millisecond))
+		for range 3 {
+			if d := ask(); d != 10*time.Millisecond || p.conns.Load() != 2 {
+				t.Errorf("took %v over %d connections, want 10ms over a second one", d, p.conns.Load())
+			}
+		}
+		if d := <-late; d != 800*time.Millisecond {
+			t.Errorf("the late answer took %v, want 800ms", d)
+		}
+		synctest.Wait()
+		if p.open != 1 {
+			t.Errorf("got %d connections after the last answer, want the old one closed", p.open)
+		}
+	})
+}

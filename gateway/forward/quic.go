@@ -141,7 +141,7 @@ func (l *quicLink) exchange(ctx context.Context, q *query) (*wire.Answer, error)
 	}
 	resp, _, err := q.check(msg, 0)
 	if err == nil && resp.Truncated() {
-		return nil, fault(KindIO, "truncated over a stream")
+		return nil, malformed("truncated over a stream")
 	}
 	return resp, err
 }

@@ -33,7 +33,8 @@ type search struct {
 	best     *wire.Answer // the best response that is not good enough: a SERVFAIL or REFUSED
 	causes   []Cause
 	second   bool // again was here
-	renewed  bool // renew was here
+	repeated bool // repeat was here
+	short    bool // the deadline is the caller's own, and sooner than the group's
 
 	timer    *time.Timer
 	hedging  bool      // the timer is for the hedge of the newest attempt
@@ -53,6 +54,7 @@ type attempt struct {
 	late    bool  // was waited for alone long enough
 	counted bool  // its server knows that it is late
 	overdue bool  // its share of the time is over
+	repeat  bool  // its server was asked before
 	again   bool  // asked over another connection, as the first one broke
 	done    bool
 	useless bool      // done with a SERVFAIL, REFUSED or a malformed answer, which another server may refute
@@ -75,7 +77,7 @@ func (g *Group) ask(ctx context.Context, q *query) (*wire.Answer, error) {
 	s := g.searches.Get().(*search)
 	s.g, s.q, s.parent, s.deadline = g, q, ctx, now.Add(g.deadline)
 	if d, ok := ctx.Deadline(); ok && d.Before(s.deadline) {
-		s.deadline = d
+		s.deadline, s.short = d, true
 	}
 	g.order(s, now)
 	if len(s.plan)+1 > searchRoom {
@@ -166,8 +168,12 @@ func (s *search) run(now time.Time) (*wire.Answer, error) {
 			switch {
 			case !s.g.nextOn.Timeout:
 				s.timer.Reset(s.deadline.Sub(now))
-			case len(s.attempts) < len(s.plan) || s.renew(maxPatience/2):
+			case len(s.attempts) < len(s.plan):
 				s.next(now, false)
+			case s.repeat(maxPatience/2, true):
+				s.next(now, false)
+				// What is at hand does not wait for it.
+				s.attempts[len(s.attempts)-1].late, s.attempts[len(s.attempts)-1].repeat = true, true
 			default:
 				s.timer.Reset(s.deadline.Sub(now))
 			}
@@ -182,6 +188,7 @@ func (s *search) run(now time.Time) (*wire.Answer, error) {
 func (s *search) late(now time.Time) {
 	s.hedging = false
 	i := len(s.attempts) - 1
+	srv := s.plan[i]
 	s.attempts[i].late = true
 	wrong := s.report(now, i)
 	switch {
@@ -189,7 +196,7 @@ func (s *search) late(now time.Time) {
 	case i+1 < s.healthy && (wrong || s.g.budget.spend()), wrong && i+1 < len(s.plan):
 		s.next(now, true)
 		return
-	case wrong && i+1 == len(s.plan) && s.renew(minHedge):
+	case wrong && i+1 == len(s.plan) && s.repeat(max(minHedge, 2*time.Duration(srv.high.Load())), false):
 		s.next(now, false)
 		return
 	}
@@ -203,25 +210,34 @@ func (s *search) report(now time.Time, i int) (wrong bool) {
 	if a.done {
 		return false
 	}
-	if a.counted || now.Sub(a.start) < time.Duration(srv.high.Load()) {
+	if a.counted || a.repeat || now.Sub(a.start) < time.Duration(srv.high.Load()) || a.hedge && s.hard(i) {
 		return srv.away.Load()
 	}
 	a.counted = true
 	return srv.overdue(now, a.start)
 }
 
-// renew comes when nobody is left to ask, once. It may be a connection alone that is dead: if there is one that has brought
-// nothing for so long, its server is put into the plan again, to be asked over a new one.
-func (s *search) renew(quiet time.Duration) bool {
-	i := len(s.attempts) - 1
-	c, ok := s.plan[i].client.(renewer)
-	if s.renewed || !ok || s.attempts[i].done || !c.renew(quiet) {
+// hard reports whether a server in use from before attempt i is late as well: then it is the name.
+func (s *search) hard(i int) bool {
+	for j := range i {
+		if !s.attempts[j].done && !s.plan[j].away.Load() {
+			return true
+		}
+	}
+	return false
+}
+
+// repeat comes when nobody is left to ask, once, and puts the best server into the plan again. It may be a connection alone
+// that is dead: if there is one that has brought nothing for so long, it is asked over a new one. If there is none, and
+// always says so, it is asked nevertheless: the answer may have been lost.
+func (s *search) repeat(quiet time.Duration, always bool) bool {
+	srv := s.plan[0]
+	c, ok := srv.client.(renewer)
+	if s.repeated || s.best != nil || !(ok && c.renew(quiet)) && !always {
 		return false
 	}
-	s.renewed = true
-	if s.plan = append(s.plan, s.plan[i]); s.healthy > i {
-		s.healthy++
-	}
+	s.repeated = true
+	s.plan = append(s.plan, srv)
 	return true
 }
 
@@ -373,27 +389,33 @@ func (s *search) take(now time.Time, r result) (resp *wire.Answer, end bool) {
 		kind := kindOf(r.err)
 		a.useless = kind == KindMalformed
 		srv.obs.Done(d, -1, kind)
-		srv.failed(now, d, r.err, a.counted)
+		srv.failed(now, d, r.err)
 		s.causes = append(s.causes, Cause{Server: srv.url, Err: r.err})
 		return nil, kind == KindTimeout && !s.g.nextOn.Timeout || kind != KindTimeout && !s.g.nextOn.Connect
 	}
 	srv.obs.Done(d, int(r.resp.Rcode), "")
-	srv.answered(now, a.start, d, r.resp.Rcode, a.counted)
-	switch {
-	case r.resp.Rcode == wire.RcodeServFail && s.g.nextOn.ServFail, r.resp.Rcode == wire.RcodeRefused && s.g.nextOn.Refused:
-		a.useless = true
-	default:
-		if a.hedge {
+	srv.answered(now, a.start, d, r.resp.Rcode)
+	if !s.movesOn(r.resp.Rcode) {
+		if a.hedge && !noAnswer(r.resp.Rcode) {
 			srv.obs.HedgeWon()
 		}
 		return r.resp, true
 	}
+	a.useless = true
 	s.best = better(s.best, r.resp)
 	return nil, false
 }
 
-// better returns which of two responses without an answer tells the client more: SERVFAIL before REFUSED, which speaks
-// of our standing with that server; then the one that says why (RFC 8914); then the earlier.
+// movesOn reports whether a response with rcode is left for that of the next server.
+func (s *search) movesOn(rcode uint16) bool {
+	if rcode == wire.RcodeRefused {
+		return s.g.nextOn.Refused
+	}
+	return noAnswer(rcode) && s.g.nextOn.ServFail
+}
+
+// better returns which of two responses without an answer tells the client more: SERVFAIL before REFUSED and others, which
+// speak of our standing with that server; then the one that says why (RFC 8914); then the earlier.
 func better(old, resp *wire.Answer) *wire.Answer {
 	if old == nil {
 		return resp
@@ -413,7 +435,7 @@ func better(old, resp *wire.Answer) *wire.Answer {
 // finish books what is still in flight, gives it up and returns the outcome: resp, else the best response, else that
 // there is none. With timeUp, the time for the question is over.
 func (s *search) finish(now time.Time, resp *wire.Answer, timeUp bool) (*wire.Answer, error) {
-	good := resp != nil && resp.Rcode != wire.RcodeServFail && resp.Rcode != wire.RcodeRefused
+	good := resp != nil && !noAnswer(resp.Rcode)
 	for i := range s.attempts {
 		srv, a := s.plan[i], &s.attempts[i]
 		if a.done {
@@ -423,16 +445,21 @@ func (s *search) finish(now time.Time, resp *wire.Answer, timeUp bool) (*wire.An
 			continue
 		}
 		srv.flying.Add(-1)
-		if a.call != nil && a.call.abandon() {
+		if a.call != nil && a.call.abandon(good) {
 			a.call = nil
 		}
 		d := now.Sub(a.start)
-		if !a.overdue && !timeUp && d < maxPatience {
+		if good && a.counted {
+			srv.outrun(now, s.q)
+		}
+		if !a.overdue && !timeUp && d < maxPatience || s.short && d < maxHedge {
 			srv.obs.Done(d, -1, KindAbandoned)
 			continue
 		}
 		srv.obs.Done(d, -1, KindTimeout)
-		srv.silent(now, d)
+		if !a.hedge || !s.hard(i) {
+			srv.silent(now, d)
+		}
 		s.causes = append(s.causes, Cause{srv.url, fault(KindTimeout, "no answer within %v", d.Round(time.Millisecond))})
 	}
 	switch {

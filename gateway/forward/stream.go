@@ -88,6 +88,7 @@ type call struct {
 	link    *streamLink
 	id      uint16
 	givenUp bool // guarded by the link's lock
+	beaten  bool // given up because another server had a good answer
 }
 
 // result is the outcome of an attempt.
@@ -150,7 +151,7 @@ func (l *streamLink) ask(ctx context.Context, q *query) (*wire.Answer, error) {
 		return r.resp, r.err
 	case <-ctx.Done():
 	}
-	if !c.abandon() {
+	if !c.abandon(false) {
 		c.free()
 		r := <-results
 		return r.resp, r.err
@@ -188,15 +189,15 @@ func (l *streamLink) start(c *call) error {
 }
 
 // abandon gives c up, which was started, and reports true; or, where its result is there already, false. After true, c
-// is its link's.
-func (c *call) abandon() bool {
+// is its link's. Beaten says that another server had a good answer.
+func (c *call) abandon(beaten bool) bool {
 	l := c.link
 	l.mu.Lock()
 	if l.pending[c.id] != c {
 		l.mu.Unlock()
 		return false
 	}
-	c.givenUp = true
+	c.givenUp, c.beaten = true, beaten
 	if len(l.pending)-l.live >= maxTombstones {
 		l.draining = true // too much was lost on it
 	}
@@ -298,7 +299,7 @@ func (l *streamLink) deliver(msg []byte) error {
 		err = nil // this name's matter alone: the stream is sound
 	}
 	if resp != nil && resp.Truncated() {
-		r.resp, r.err = nil, mismatch("truncated over a stream") // and yet the stream is sound
+		r.resp, r.err = nil, malformed("truncated over a stream") // this name's matter, too
 	}
 	l.mu.Lock()
 	if l.pending[id] != c { // the connection was closed meanwhile
@@ -311,7 +312,13 @@ func (l *streamLink) deliver(msg []byte) error {
 		now := time.Now()
 		l.waiting, l.since, l.served = l.live > 0, now, true
 		l.mu.Unlock()
-		if c.asked != nil && r.err == nil {
+		switch {
+		case c.asked == nil || r.err != nil:
+		case noAnswer(resp.Rcode):
+			if c.beaten {
+				c.asked.refuted(now, q)
+			}
+		default:
 			c.asked.heard(now, c.start)
 		}
 		c.free()

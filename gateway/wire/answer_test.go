@@ -885,6 +885,9 @@ func TestNames(t *testing.T) {
 		{"HTTPS", "c00c 0041 0001 00000001 0003 0001 00", true},
 		{"HTTPS without target", "c00c 0041 0001 00000001 0002 0001", false},
 		{"unknown type", "c00c ff00 0001 00000001 0002 c0ff", true},
+		{"TXT", "c00c 0010 0001 00000001 0004 01 61 01 62", true},
+		{"TXT beyond its end", "c00c 0010 0001 00000001 0004 01 61 02 62", false},
+		{"CNAME of another class", "c00c 0005 0003 00000001 0002 c0ff", false},
 		{"A of another class", "c00c 0001 0003 00000001 0003 7f0000", true},
 	} {
 		if _, _, err := ReadAnswer(unhex(t, head+tt.record)); (err == nil) != tt.ok {
@@ -1040,6 +1043,31 @@ func BenchmarkLifetime(b *testing.B) {
 	for b.Loop() {
 		if Lifetime(msg) != 300 {
 			b.Fatal("wrong lifetime")
+		}
+	}
+}
+
+// TestPointerIntoTTL has a name whose compression pointer would be half a TTL: it would mean another name when the TTL
+// changes.
+func TestPointerIntoTTL(t *testing.T) {
+	const head = "1234 8180 0001 0002 0000 0000  01 61 00 0001 0001 "
+	// The class of the first record, 00c0, ends at 24, and its TTL begins at 25: together they look like c00c.
+	if _, _, err := ReadAnswer(unhex(t, head+"c00c ff00 00c0 0c000000 0000"+"c018 0001 0001 00000001 0004 7f000001")); err == nil {
+		t.Error("got it read, want an error")
+	}
+}
+
+// TestSignatureBehindOPT takes out an OPT record in front of an RRSIG record whose signer's name is compressed, against
+// RFC 4034, section 3.1.7: it goes too, as what it points to moves.
+func TestSignatureBehindOPT(t *testing.T) {
+	const head = "1234 8180 0001 0000 0000 0003  01 61 00 0001 0001 "
+	const opt = "00 0029 04d0 00000000 0000 "                  // 19 to 30
+	const target = "01 78 00 0001 0001 00000001 0004 7f000001" // at 30
+	for signer, records := range map[string]int{"c01e": 1, "01 62 c01e": 1, "00": 2} {
+		rdata := strings.Repeat("00", 18) + strings.ReplaceAll(signer, " ", "") + "ff"
+		a, _, err := ReadAnswer(unhex(t, head+opt+target+fmt.Sprintf("c00c 002e 0001 00000001 %04x", len(rdata)/2)+rdata))
+		if err != nil || len(a.TTLs) != records || new(dns.Msg).Unpack(a.Msg) != nil {
+			t.Errorf("signer %s: got %+v, %v, want %d readable records", signer, a, err, records)
 		}
 	}
 }

@@ -16,8 +16,10 @@ const (
 	typeMG    = 8
 	typeMR    = 9
 	typePTR   = 12
+	typeHINFO = 13
 	typeMINFO = 14
 	typeMX    = 15
+	typeTXT   = 16
 	typeRP    = 17
 	typeAFSDB = 18
 	typeRT    = 21
@@ -31,6 +33,7 @@ const (
 	typeNSEC  = 47
 	typeSVCB  = 64
 	typeHTTPS = 65
+	typeSPF   = 99
 )
 
 // names checks the names of a message from its front to its end, compression pointers followed.
@@ -63,7 +66,7 @@ func (c *names) check(off int) int {
 			}
 			p += b + 1
 		case b >= 0xc0 && p+1 < len(msg):
-			if start != off && !c.fixed(start, p) {
+			if start != off && !c.fixed(start, p+1) {
 				return -1
 			}
 			if end < 0 {
@@ -90,14 +93,20 @@ func (c *names) fixed(start, end int) bool {
 	return i == len(c.ttl) || end < int(c.ttl[i])
 }
 
-// sound reports whether the RDATA msg[data:end] of a record of class IN is what typ has, as far as it is looked into.
-func (c *names) sound(typ uint16, data, end int) bool {
+// sound reports whether the RDATA msg[data:end] is what typ has, as far as it is looked into. Addresses have another form
+// in classes other than IN.
+func (c *names) sound(typ, class uint16, data, end int) bool {
 	off, count := data, 0
 	switch typ {
 	case TypeA:
-		return end-data == 4
+		return end-data == 4 || class != ClassIN
 	case TypeAAAA:
-		return end-data == 16
+		return end-data == 16 || class != ClassIN
+	case typeTXT, typeSPF, typeHINFO:
+		for off < end {
+			off += 1 + int(c.msg[off])
+		}
+		return off == end
 	case typeNS, typeMD, typeMF, typeCNAME, typeMB, typeMG, typeMR, typePTR, typeDNAME:
 		count = 1
 	case typeMINFO, typeRP:

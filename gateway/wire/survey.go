@@ -106,7 +106,7 @@ func survey(msg []byte, c *names) (layout, error) {
 			if len(c.ttl) < l.records {
 				c.ttl = append(c.ttl, uint16(r.data-6))
 			}
-			if r.class == ClassIN && !c.sound(r.typ, r.data, next) {
+			if !c.sound(r.typ, r.class, r.data, next) {
 				return l, errName
 			}
 		}
@@ -209,7 +209,7 @@ func moveUp(msg []byte, start, end int) (n, off int) {
 	off = end
 	for off < len(msg) {
 		r, next := readRecord(msg, off)
-		if r.typ != TypeA && r.typ != TypeAAAA && r.typ != TypeRRSIG {
+		if r.typ != TypeA && r.typ != TypeAAAA && (r.typ != TypeRRSIG || r.class != ClassIN || pointsAway(msg, r.data+18)) {
 			break
 		}
 		if p := r.data - 12; pointsAway(msg, off) {
