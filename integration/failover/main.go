@@ -59,6 +59,12 @@ type plan struct {
 // again is how long after the recovery the first tier has to be in use again.
 const again = 5 * time.Second
 
+const (
+	// standstill is how late the load itself may be before a run that misses a criterion is made again, retries times.
+	standstill = 50 * time.Millisecond
+	retries    = 2
+)
+
 // The plans. The short one leaves a second and a half to see whether the first tier is in use again; its rate is what
 // two cores carry, several runs side by side.
 var (
@@ -190,6 +196,31 @@ func measure(ctx context.Context, o *options, stdout, stderr io.Writer) (good bo
 		results, err := runAll(ctx, o, t, all, dir, stderr)
 		if err != nil {
 			return false, err
+		}
+		for range retries {
+			var doubtful []int
+			for i := range results {
+				r := &results[i]
+				if r.Reasons = o.limits.judge(r, &results[0]); len(r.Reasons) > 0 && time.Duration(r.Late) > standstill {
+					doubtful = append(doubtful, i)
+				}
+			}
+			if !t.judged() || len(doubtful) == 0 {
+				break
+			}
+			// The machine itself stood still: what such a run misses says nothing. The last one counts.
+			var faults []fault
+			for _, i := range doubtful {
+				fmt.Fprintf(stderr, "%s, fault %s: again, the load itself was %v ms late\n", t.name(), all[i].name, results[i].Late)
+				faults = append(faults, all[i])
+			}
+			repeated, err := runAll(ctx, o, t, faults, dir, stderr)
+			if err != nil {
+				return false, err
+			}
+			for n, i := range doubtful {
+				results[i] = repeated[n]
+			}
 		}
 		for i := range results {
 			results[i].Reasons = o.limits.judge(&results[i], &results[0])

@@ -8,7 +8,6 @@ import (
 	"io"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"time"
 
 	"dnsgateway/gateway/lab"
@@ -81,8 +80,8 @@ func (r *run) do(ctx context.Context) (_ result, err error) {
 
 // course takes ports and writes the files of the run.
 func (r *run) course(l *lab.Lab, s *site) (*course, error) {
-	dir := filepath.Join(r.dir, r.target.name()+"-"+r.fault.name)
-	if err := os.Mkdir(dir, 0o700); err != nil {
+	dir, err := os.MkdirTemp(r.dir, r.target.name()+"-"+r.fault.name+"-") // a run may be made again
+	if err != nil {
 		return nil, err
 	}
 	files, err := l.WriteFiles(dir, "localhost", s.server.String())
