@@ -33,12 +33,20 @@ type yaml struct {
 
 func newSetup(t *testing.T, y yaml) *setup {
 	t.Helper()
+	s := new(setup)
+	s.start(t, func() yaml { return y })
+	return s
+}
+
+// start fills in s. What y returns may name the lab's servers, which are there by then.
+func (s *setup) start(t *testing.T, y func() yaml) {
+	t.Helper()
 	l, err := lab.Start(context.WithoutCancel(t.Context()), lab.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = l.Close() })
-	s := &setup{lab: l, roots: l.Roots(), dir: t.TempDir()}
+	s.lab, s.roots, s.dir = l, l.Roots(), t.TempDir()
 	cert, key, err := l.CA().Issue([]string{"localhost", "127.0.0.1", "::1"})
 	if err != nil {
 		t.Fatal(err)
@@ -49,8 +57,7 @@ func newSetup(t *testing.T, y yaml) *setup {
 		}
 	}
 	s.plain, s.dot, s.doh, s.doq, s.admin = freePort(t), freePort(t), freePort(t), freePort(t), freePort(t)
-	s.gateway = startGateway(t, s.config(y))
-	return s
+	s.gateway = startGateway(t, s.config(y()))
 }
 
 // file returns the path of a file of the setup.
