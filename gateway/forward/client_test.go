@@ -13,7 +13,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"dnsgateway/gateway/wire"
 	"github.com/AdguardTeam/dnsproxy/upstream"
+
 	"github.com/miekg/dns"
 )
 
@@ -96,8 +98,8 @@ func checkSent(t *testing.T, scheme string, raw []byte) {
 		codes = append(codes, o.Option())
 	}
 	for _, code := range codes {
-		padding := code == optionPadding && encrypted
-		alive := code == optionKeepalive && (scheme == "tls" || scheme == "tcp")
+		padding := code == wire.OptionPadding && encrypted
+		alive := code == wire.OptionKeepalive && (scheme == "tls" || scheme == "tcp")
 		if !padding && !alive {
 			t.Errorf("got option %d in the query over %s", code, scheme)
 		}

@@ -25,6 +25,8 @@ import (
 	"testing"
 	"time"
 
+	"dnsgateway/gateway/wire"
+
 	"github.com/miekg/dns"
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
@@ -175,7 +177,7 @@ func (f *fake) tlsConfig(alpn ...string) *tls.Config {
 
 // reply returns the bytes of the answer to msg, with the fault of the moment, or nil.
 func (f *fake) reply(msg []byte) []byte {
-	if len(msg) < headerLen {
+	if len(msg) < wire.HeaderLen {
 		return nil // a stray packet
 	}
 	f.asked.Add(1)
@@ -387,7 +389,7 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case reset:
 		panic(http.ErrAbortHandler)
 	case cutFrame:
-		out = make([]byte, maxMessage+1)
+		out = make([]byte, wire.MaxMessage+1)
 	}
 	w.Write(out)
 }

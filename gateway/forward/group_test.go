@@ -260,10 +260,7 @@ func TestBreaker(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var logged bytes.Buffer
 		g, scripts := scripted(t, Config{Logger: slog.New(slog.NewTextHandler(&logged, nil)), Hedge: Hedge{Never: true}}, "a | b")
-		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan error)
-		go func() { done <- g.Run(ctx) }()
-		synctest.Wait()
+		stop := running(t, g)
 		ask := func(want string) time.Duration {
 			t.Helper()
 			start := time.Now()
@@ -300,11 +297,7 @@ func TestBreaker(t *testing.T) {
 		scripts["a"].set(says("a", 0, 0))
 		time.Sleep(defaultProbe + DefaultDeadline + time.Second)
 		ask("a")
-		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("Run: got %v", err)
-		}
-		g.Close()
+		stop()
 		got := logged.String()
 		if n := strings.Count(got, "\n"); n != 3 || !strings.Contains(got, `level=INFO msg="upstream suspect"`) ||
 			!strings.Contains(got, `level=WARN msg="upstream failing"`) ||
@@ -722,19 +715,14 @@ func TestPatientProbes(t *testing.T) {
 	t.Run("probed", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			g, scripts := scripted(t, Config{}, "a | b")
-			defer g.Close()
-			ctx, cancel := context.WithCancel(t.Context())
-			done := make(chan error)
-			go func() { done <- g.Run(ctx) }()
-			synctest.Wait()
+			stop := running(t, g)
 			var gaps []time.Duration
 			scripts["a"].set(refusing(&gaps))
 			for range defaultOpenAfter {
 				g.Exchange(t.Context(), question("name.test."))
 			}
 			time.Sleep(30 * time.Second)
-			cancel()
-			<-done
+			stop()
 			check(t, gaps[defaultOpenAfter:])
 		})
 	})
@@ -757,11 +745,7 @@ func TestPatientProbes(t *testing.T) {
 	t.Run("name stays broken", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			g, scripts := scripted(t, Config{}, "a | b")
-			defer g.Close()
-			ctx, cancel := context.WithCancel(t.Context())
-			done := make(chan error)
-			go func() { done <- g.Run(ctx) }()
-			synctest.Wait()
+			stop := running(t, g)
 			rootProbes, asked := 0, 0
 			scripts["a"].set(func(ctx context.Context, q *query) (*dns.Msg, error) {
 				if askedOf(q).Name == "." {
@@ -779,8 +763,7 @@ func TestPatientProbes(t *testing.T) {
 					break
 				}
 			}
-			cancel()
-			<-done
+			stop()
 			if inVain := asked - openAfterRefuted - 1; rootProbes != 1 || inVain != patientProbes {
 				t.Errorf("well after %d probes, want %d in vain and one more", inVain, patientProbes)
 			}

@@ -325,7 +325,7 @@ func (s *server) silent(now time.Time, d time.Duration) {
 	}
 }
 
-// refuted notes a SERVFAIL, a REFUSED or an unreadable answer for q where another server gave a good one.
+// refuted notes a response without an answer, or an unreadable one, for q where another server gave a good one.
 func (s *server) refuted(now time.Time, q *query) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -577,7 +577,7 @@ func noAnswer(rcode uint16) bool {
 	case wire.RcodeServFail, wire.RcodeRefused, wire.RcodeFormErr, wire.RcodeNotImp:
 		return true
 	}
-	return rcode > 15
+	return rcode > wire.MaxPlainRcode
 }
 
 // rootQuery is ". NS", which every resolver has at hand.

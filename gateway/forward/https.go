@@ -164,12 +164,12 @@ func (l *httpLink) roundTrip(req *http.Request, q *query) (*wire.Answer, error) 
 	if got, _, err := mime.ParseMediaType(resp.Header.Get("Content-Type")); err != nil || got != mediaType {
 		return nil, fault(KindHTTP, "media type %.40q", resp.Header.Get("Content-Type"))
 	}
-	msg, err := io.ReadAll(io.LimitReader(resp.Body, maxMessage+1))
+	msg, err := io.ReadAll(io.LimitReader(resp.Body, wire.MaxMessage+1))
 	switch {
 	case err != nil:
 		return nil, classify(KindIO, "HTTP response", err)
-	case len(msg) > maxMessage:
-		return nil, mismatch("body of more than %d octets", maxMessage)
+	case len(msg) > wire.MaxMessage:
+		return nil, mismatch("body of more than %d octets", wire.MaxMessage)
 	}
 	a, _, err := q.check(msg, 0)
 	switch {

@@ -125,7 +125,7 @@ func TestKeepaliveAtOnce(t *testing.T) {
 		near, far := net.Pipe()
 		defer far.Close()
 		l := newStreamLink(near, keepalive, func(f func()) { go f() })
-		r := []byte{0, 15, 0, 2, 0, 9, 0, byte(optionKeepalive), 0, 2, 0, 5} // behind an extended DNS error
+		r := []byte{0, 15, 0, 2, 0, 9, 0, byte(wire.OptionKeepalive), 0, 2, 0, 5} // behind an extended DNS error
 		time.Sleep(time.Second)
 		start := time.Now()
 		l.mu.Lock()

@@ -11,17 +11,10 @@ import (
 )
 
 const (
-	headerLen = 12
-	// maxMessage is the largest message that a stream carries, RFC 1035, section 4.2.2.
-	maxMessage = 65535
 	// udpSize avoids fragmentation on IPv6 paths; see https://dnsflagday.net/2020/.
 	udpSize = 1232
 	// padBlock is the block length of padded queries, RFC 8467, section 4.1.
 	padBlock = 128
-
-	flagQR, flagTC, flagRD, flagAD, flagCD uint16 = 1 << 15, 1 << 9, 1 << 8, 1 << 5, 1 << 4
-
-	optionKeepalive, optionPadding uint16 = 11, 12
 )
 
 // form says what a transport wants of a packed query.
@@ -44,9 +37,9 @@ type query struct {
 // newQuery returns the query for question, of which it keeps nothing. RD is set, and AD, which asks for an AD bit in the
 // response (RFC 6840, section 5.7).
 func newQuery(question wire.Question) *query {
-	q := &query{flags: flagRD | flagAD, do: question.DO, hash: fnvLower(question.Name)}
+	q := &query{flags: wire.FlagRD | wire.FlagAD, do: question.DO, hash: fnvLower(question.Name)}
 	if question.CD {
-		q.flags |= flagCD
+		q.flags |= wire.FlagCD
 	}
 	q.question = make([]byte, 0, len(question.Name)+4)
 	q.question = append(q.question, question.Name...)
@@ -71,17 +64,17 @@ func queryOf(req *dns.Msg) (*query, error) {
 	q := newQuery(wire.Question{Name: buf[:n], Qtype: asked.Qtype, Qclass: asked.Qclass, CD: req.CheckingDisabled,
 		DO: opt != nil && opt.Do()})
 	if !req.RecursionDesired {
-		q.flags &^= flagRD
+		q.flags &^= wire.FlagRD
 	}
 	if !req.AuthenticatedData {
-		q.flags &^= flagAD
+		q.flags &^= wire.FlagAD
 	}
 	return q, nil
 }
 
 // size returns the length of the message that appendTo appends for f.
 func (q *query) size(f form) int {
-	n := headerLen + len(q.question) + 11
+	n := wire.HeaderLen + len(q.question) + 11
 	if f&keepalive != 0 {
 		n += 4
 	}
@@ -110,11 +103,11 @@ func (q *query) appendTo(dst []byte, id uint16, f form) []byte {
 	dst = be.AppendUint32(dst, ttl)
 	dst = be.AppendUint16(dst, uint16(total-(len(dst)-start)-2))
 	if f&keepalive != 0 {
-		dst = append(dst, 0, byte(optionKeepalive), 0, 0)
+		dst = append(dst, 0, byte(wire.OptionKeepalive), 0, 0)
 	}
 	if f&padded != 0 {
 		pad := total - (len(dst) - start) - 4
-		dst = be.AppendUint16(dst, optionPadding)
+		dst = be.AppendUint16(dst, wire.OptionPadding)
 		dst = be.AppendUint16(dst, uint16(pad))
 		n := len(dst)
 		dst = append(dst, make([]byte, pad)...)
@@ -127,9 +120,9 @@ func (q *query) appendTo(dst []byte, id uint16, f form) []byte {
 func (q *query) message() *dns.Msg {
 	m := new(dns.Msg)
 	m.Id = dns.Id()
-	m.RecursionDesired = q.flags&flagRD != 0
-	m.AuthenticatedData = q.flags&flagAD != 0
-	m.CheckingDisabled = q.flags&flagCD != 0
+	m.RecursionDesired = q.flags&wire.FlagRD != 0
+	m.AuthenticatedData = q.flags&wire.FlagAD != 0
+	m.CheckingDisabled = q.flags&wire.FlagCD != 0
 	name, end, err := dns.UnpackDomainName(q.question, 0)
 	if err != nil {
 		panic("forward: a question that does not unpack: " + err.Error()) // its makers have read it
@@ -169,9 +162,9 @@ func (q *query) check(msg []byte, id uint16) (a *wire.Answer, options []byte, er
 	switch {
 	case sameQuestion(msg, q.question):
 	case bareError(msg):
-		whole := append(make([]byte, 0, len(msg)+len(q.question)), msg[:headerLen]...)
+		whole := append(make([]byte, 0, len(msg)+len(q.question)), msg[:wire.HeaderLen]...)
 		whole[5] = 1
-		msg = append(append(whole, q.question...), msg[headerLen:]...)
+		msg = append(append(whole, q.question...), msg[wire.HeaderLen:]...)
 	default:
 		return nil, nil, mismatch("wrong question")
 	}
@@ -206,7 +199,7 @@ func messageOf(a *wire.Answer, req *dns.Msg) (*dns.Msg, error) {
 	for _, e := range a.EDE {
 		opt.Option = append(opt.Option, &dns.EDNS0_EDE{InfoCode: e.Code, ExtraText: e.Text})
 	}
-	if len(opt.Option) > 0 || a.Rcode > 15 {
+	if len(opt.Option) > 0 || a.Rcode > wire.MaxPlainRcode {
 		m.Extra = append(m.Extra, opt)
 	}
 	m.Rcode = int(a.Rcode)
@@ -218,11 +211,11 @@ var errShort = errors.New("shorter than a header")
 
 // checkHeader reports whether msg can be a response at all.
 func checkHeader(msg []byte) error {
-	if len(msg) < headerLen {
+	if len(msg) < wire.HeaderLen {
 		return &Error{Kind: KindMismatch, Err: errShort}
 	}
 	flags := binary.BigEndian.Uint16(msg[2:])
-	if flags&flagQR == 0 {
+	if flags&wire.FlagQR == 0 {
 		return mismatch("not a response")
 	}
 	if op := flags >> 11 & 15; op != dns.OpcodeQuery {
@@ -233,12 +226,12 @@ func checkHeader(msg []byte) error {
 
 // sameQuestion reports whether the one question of msg, which is at least a header long, is question.
 func sameQuestion(msg, question []byte) bool {
-	end := headerLen + len(question)
+	end := wire.HeaderLen + len(question)
 	if binary.BigEndian.Uint16(msg[4:]) != 1 || len(msg) < end {
 		return false
 	}
 	n := len(question) - 4
-	return equalFold(msg[headerLen:end-4], question[:n]) && string(msg[end-4:end]) == string(question[n:])
+	return wire.SameName(msg[wire.HeaderLen:end-4], question[:n]) && string(msg[end-4:end]) == string(question[n:])
 }
 
 // bareError reports whether msg, which is at least a header long, is an error without any section but perhaps OPT:
@@ -254,32 +247,12 @@ func bareError(msg []byte) bool {
 	return false
 }
 
-// equalFold compares names in wire form. Label lengths are below 'A', so they fold to themselves.
-func equalFold(a, b []byte) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if lower(a[i]) != lower(b[i]) {
-			return false
-		}
-	}
-	return true
-}
-
-func lower(c byte) byte {
-	if c-'A' < 26 {
-		return c + 'a' - 'A'
-	}
-	return c
-}
-
 // fnvLower is FNV-1a over name with its letters folded. It is the same in every process, so that `sticky` sends a name
 // to the same server after a restart.
 func fnvLower[T ~string | ~[]byte](name T) uint64 {
 	h := uint64(14695981039346656037)
 	for i := range len(name) {
-		h = (h ^ uint64(lower(name[i]))) * 1099511628211
+		h = (h ^ uint64(wire.Lower(name[i]))) * 1099511628211
 	}
 	return h
 }

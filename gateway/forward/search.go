@@ -200,7 +200,7 @@ func (s *search) late(now time.Time) {
 		s.next(now, false)
 		return
 	}
-	s.timer.Reset(min(s.turnOver.Sub(now), s.deadline.Sub(now)))
+	s.timer.Reset(s.turnOver.Sub(now))
 }
 
 // report tells the server of attempt i, if that is under way, that it has taken longer than nearly all others, where it

@@ -262,7 +262,7 @@ func readFrame(r *bufio.Reader, buf *[]byte) ([]byte, error) {
 		return nil, err
 	}
 	n := int(binary.BigEndian.Uint16(prefix[:]))
-	if n < headerLen {
+	if n < wire.HeaderLen {
 		return nil, &Error{Kind: KindMismatch, Err: errShort}
 	}
 	if cap(*buf) < n {
@@ -334,10 +334,13 @@ func (l *streamLink) deliver(msg []byte) error {
 
 // heed obeys the server's edns-tcp-keepalive, RFC 7828, section 3.2.2; l.mu is held.
 func (l *streamLink) heed(options []byte) {
-	for len(options) >= 4 { // they are whole, the answer was read
-		code, value := binary.BigEndian.Uint16(options), options[4:4+binary.BigEndian.Uint16(options[2:])]
-		options = options[4+len(value):]
-		if code != optionKeepalive || len(value) != 2 {
+	for len(options) > 0 {
+		code, value, rest, ok := wire.NextOption(options)
+		if !ok {
+			return
+		}
+		options = rest
+		if code != wire.OptionKeepalive || len(value) != 2 {
 			continue
 		}
 		timeout := time.Duration(binary.BigEndian.Uint16(value)) * 100 * time.Millisecond

@@ -133,7 +133,7 @@ func (c *udpClient) exchange(ctx context.Context, addr netip.AddrPort, q *query)
 				}
 				return nil, classify(KindIO, "receiving", err)
 			}
-			if n < headerLen || binary.BigEndian.Uint16(buf[:]) != id {
+			if n < wire.HeaderLen || binary.BigEndian.Uint16(buf[:]) != id {
 				strays++
 				continue
 			}

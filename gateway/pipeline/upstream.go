@@ -11,10 +11,6 @@ import (
 	"github.com/miekg/dns"
 )
 
-// maxPlainRcode is the highest RCODE that the header alone can hold. Those above it are between two neighbours
-// (BADVERS, BADCOOKIE, BADKEY, ...; RFC 6895, section 2.3): what an upstream holds against our query is not the client's.
-const maxPlainRcode = 15
-
 // responseError is a response that cannot be passed on.
 type responseError string
 
@@ -62,7 +58,7 @@ func (p *Pipeline) check(a *wire.Answer, q *wire.Query) error {
 		return responseError("there is none")
 	case !a.Answers(q):
 		return responseError("it has another question")
-	case a.Rcode > maxPlainRcode:
+	case a.Rcode > wire.MaxPlainRcode:
 		return responseError(fmt.Sprintf("RCODE %d is about our query, not about the question", a.Rcode))
 	}
 	return nil

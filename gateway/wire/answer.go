@@ -203,16 +203,8 @@ func (a *Answer) AD() bool { return a.Msg[3]&byte(FlagAD) != 0 }
 // Answers reports whether the response that a was made of had q's question, letter case aside.
 func (a *Answer) Answers(q *Query) bool {
 	end := HeaderLen + len(q.Name)
-	if int(a.qend) != end+4 || binary.BigEndian.Uint16(a.Msg[end:]) != q.Qtype ||
-		binary.BigEndian.Uint16(a.Msg[end+2:]) != q.Qclass {
-		return false
-	}
-	for i, c := range a.Msg[HeaderLen:end] {
-		if lower(c) != lower(q.Name[i]) {
-			return false
-		}
-	}
-	return true
+	return int(a.qend) == end+4 && SameName(a.Msg[HeaderLen:end], q.Name) &&
+		binary.BigEndian.Uint16(a.Msg[end:]) == q.Qtype && binary.BigEndian.Uint16(a.Msg[end+2:]) == q.Qclass
 }
 
 // Clone returns a copy of a that shares no memory with it and whose slices are no larger than they have to be.

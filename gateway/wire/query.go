@@ -82,6 +82,10 @@ const (
 	RcodeNotImp   uint16 = 4
 	RcodeRefused  uint16 = 5
 	RcodeBadVers  uint16 = 16
+
+	// MaxPlainRcode is the highest RCODE that the header alone can hold. Those above it are between two neighbours (BADVERS,
+	// BADCOOKIE, BADKEY, ...): what a server holds against our query is not the client's.
+	MaxPlainRcode uint16 = 15
 )
 
 // Types, classes and option codes that the fast path has to know.
@@ -188,7 +192,7 @@ func (q *Query) Question() Question {
 func (q *Query) Key(view uint32) []byte {
 	n := len(q.Name)
 	for i, c := range q.Name {
-		q.key[i] = lower(c)
+		q.key[i] = Lower(c)
 	}
 	binary.BigEndian.PutUint16(q.key[n:], q.Qtype)
 	var bits byte
@@ -203,12 +207,25 @@ func (q *Query) Key(view uint32) []byte {
 	return q.key[:n+7]
 }
 
-// lower folds ASCII letters. Label lengths are at most 63, below 'A', and so stay as they are.
-func lower(c byte) byte {
+// Lower folds ASCII letters. Label lengths are at most 63, below 'A', and so stay as they are.
+func Lower(c byte) byte {
 	if c-'A' < 26 {
 		return c + 'a' - 'A'
 	}
 	return c
+}
+
+// SameName reports whether two names in wire form, not compressed, are the same, letter case aside.
+func SameName(a, b []byte) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range a {
+		if Lower(a[i]) != Lower(b[i]) {
+			return false
+		}
+	}
+	return true
 }
 
 // Parse reads raw into q. It never fails: what is wrong with the message stands in q.Kind and q.Fault.
@@ -325,7 +342,7 @@ func (q *Query) parseOPT(r record, data []byte) {
 		return // the options of an unknown version mean nothing to us
 	}
 	for len(data) > 0 {
-		code, _, rest, ok := nextOption(data)
+		code, _, rest, ok := NextOption(data)
 		if !ok {
 			q.fail(RcodeFormErr)
 			return

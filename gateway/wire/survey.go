@@ -238,7 +238,7 @@ func pointsAway(msg []byte, off int) bool {
 // soundOptions reports whether data is a sequence of whole EDNS options, RFC 6891, section 6.1.2.
 func soundOptions(data []byte) bool {
 	for len(data) > 0 {
-		_, _, rest, ok := nextOption(data)
+		_, _, rest, ok := NextOption(data)
 		if !ok {
 			return false
 		}
@@ -247,8 +247,9 @@ func soundOptions(data []byte) bool {
 	return true
 }
 
-// nextOption splits the first option off data. It is not ok when data ends within the option.
-func nextOption(data []byte) (code uint16, value, rest []byte, ok bool) {
+// NextOption splits the first EDNS option off data, the RDATA of an OPT record (RFC 6891, section 6.1.2). It is not ok when
+// data ends within the option. The results alias data.
+func NextOption(data []byte) (code uint16, value, rest []byte, ok bool) {
 	if len(data) < 4 {
 		return 0, nil, nil, false
 	}
@@ -264,7 +265,7 @@ func nextOption(data []byte) (code uint16, value, rest []byte, ok bool) {
 func readEDE(data []byte) []EDE {
 	var list []EDE
 	for len(data) > 0 && len(list) < maxEDE {
-		code, value, rest, _ := nextOption(data)
+		code, value, rest, _ := NextOption(data)
 		data = rest
 		if code != OptionEDE || len(value) < 2 {
 			continue
@@ -292,7 +293,7 @@ func hashName(h uint64, msg []byte, off int) uint64 {
 			return h
 		case c < 64:
 			for _, b := range msg[off:min(off+1+c, len(msg))] {
-				h = (h ^ uint64(lower(b))) * fnvPrime
+				h = (h ^ uint64(Lower(b))) * fnvPrime
 			}
 			off += 1 + c
 			n += 1 + c

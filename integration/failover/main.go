@@ -133,27 +133,36 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 	default:
 		errs = append(errs, fmt.Errorf("-target %q: dnsgateway, dnsproxy or both", *target))
 	}
-	o.faults = faults
-	if *names != "all" {
-		o.faults = nil
-		for name := range strings.SplitSeq(*names, ",") {
-			i := slices.IndexFunc(faults, func(f fault) bool { return f.name == name })
-			if i < 0 {
-				errs = append(errs, fmt.Errorf("-faults: unknown fault %q; they are %s", name, strings.Join(faultNames(), ", ")))
-				continue
-			}
-			if slices.ContainsFunc(o.faults, func(f fault) bool { return f.name == name }) {
-				errs = append(errs, fmt.Errorf("-faults: %q is there twice", name))
-				continue
-			}
-			o.faults = append(o.faults, faults[i])
-		}
+	var err error
+	if o.faults, err = pick(*names); err != nil {
+		errs = append(errs, err)
 	}
-	err := errors.Join(errs...)
+	err = errors.Join(errs...)
 	if err != nil {
 		fmt.Fprintln(stderr, err)
 	}
 	return &o, err
+}
+
+// pick returns the faults that names lists, "all" or some with commas between them.
+func pick(names string) (picked []fault, err error) {
+	if names == "all" {
+		return faults, nil
+	}
+	var errs []error
+	for name := range strings.SplitSeq(names, ",") {
+		is := func(f fault) bool { return f.name == name }
+		i := slices.IndexFunc(faults, is)
+		switch {
+		case i < 0:
+			errs = append(errs, fmt.Errorf("-faults: unknown fault %q; they are %s", name, strings.Join(faultNames(), ", ")))
+		case slices.ContainsFunc(picked, is):
+			errs = append(errs, fmt.Errorf("-faults: %q is there twice", name))
+		default:
+			picked = append(picked, faults[i])
+		}
+	}
+	return picked, errors.Join(errs...)
 }
 
 // execute runs the program and returns its exit status.
