@@ -34,6 +34,7 @@ const (
 //	405  another method than those in Allow
 //	413  a message longer than 65535 octets
 //	415  a POST of something that is not application/dns-message
+//	431  a header of more than 16 KiB
 //
 // Base64url is taken as RFC 8484, section 6 has it: without padding and with nothing else in it, so that one message has
 // one URL and one place in a cache. What cannot be answered (the Handler dropped it) ends the stream or connection
@@ -47,6 +48,7 @@ type doh struct {
 	ctx    context.Context
 	path   string
 	altSvc string // the Alt-Svc header of answers over TCP, RFC 7838; may be empty
+	h2Fields
 	flight flight
 	pool   sync.Pool // of *exchange
 }
@@ -58,8 +60,9 @@ type exchange struct {
 	q   wire.Query
 }
 
-func newDoH(ctx context.Context, cfg Common, path string) *doh {
-	h := &doh{cfg: cfg, ctx: ctx, path: path}
+func newDoH(ctx context.Context, cfg Common, path, altSvc string) *doh {
+	h := &doh{cfg: cfg, ctx: ctx, path: path, altSvc: altSvc}
+	h.compile(path, altSvc)
 	h.pool.New = func() any { return &exchange{out: make([]byte, 0, maxDatagram)} }
 	return h
 }
@@ -80,6 +83,7 @@ var (
 	errMessage   = &refusal{http.StatusBadRequest, "not a DNS query"}
 	errBody      = &refusal{http.StatusBadRequest, "the body cannot be read"}
 	errTooLarge  = &refusal{http.StatusRequestEntityTooLarge, "a DNS message has at most 65535 octets"}
+	errHeader    = &refusal{http.StatusRequestHeaderFieldsTooLarge, "the header is larger than 16 KiB"}
 	errMediaType = &refusal{http.StatusUnsupportedMediaType, "a POST has to be " + mediaMessage}
 )
 

@@ -82,18 +82,21 @@ func ListenHTTPS(ctx context.Context, cfg HTTPSConfig) (*HTTPS, error) {
 		return nil, err
 	}
 	s.init()
-	s.doh = newDoH(s.ctx, cfg.Common, cfg.Path)
+	altSvc := ""
+	if ln != nil {
+		s.addr = ln.Addr()
+	}
 	if s.udp != nil {
 		s.addr = s.udp.LocalAddr()
+		altSvc = fmt.Sprintf(`h3=":%d"; ma=%d`, addrPort(s.addr).Port(), altSvcAge)
+	}
+	s.doh = newDoH(s.ctx, cfg.Common, cfg.Path, altSvc)
+	if s.udp != nil {
 		s.newHTTP3()
 	}
 	if ln != nil {
-		s.addr = ln.Addr()
 		s.ln = newAcceptor(ln, s.limit, cfg.Logger)
 		s.srv = s.newServer(versions)
-		if s.udp != nil {
-			s.doh.altSvc = fmt.Sprintf(`h3=":%d"; ma=%d`, addrPort(s.addr).Port(), altSvcAge)
-		}
 	}
 	return s, nil
 }
