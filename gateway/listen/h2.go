@@ -256,10 +256,6 @@ func (c *h2) input(t *turn, data []byte) (used int, err error) {
 	if err != nil {
 		return c.fail(t, used, err)
 	}
-	if gave := connWindow - c.receiveWindow; gave >= connWindow/2 {
-		c.receiveWindow += gave
-		t.out = appendWindow(t.out, 0, uint32(gave))
-	}
 	return used, nil
 }
 
@@ -512,6 +508,10 @@ func (c *h2) data(t *turn, x *h2Scratch, flags byte, id uint32, b []byte) error 
 	size := int32(len(b))
 	if c.receiveWindow -= size; c.receiveWindow < 0 {
 		return errOverrun
+	}
+	if gone := connWindow - c.receiveWindow; gone >= connWindow/2 {
+		c.receiveWindow += gone
+		t.out = appendWindow(t.out, 0, uint32(gone))
 	}
 	b, err := unpad(flags, b)
 	if err != nil {
