@@ -322,7 +322,7 @@ func TestH2Allocations(t *testing.T) {
 		for range 100 {
 			ask()
 		}
-		if n := testing.AllocsPerRun(1000, ask); n != 0 {
+		if n := testing.AllocsPerRun(1000, ask); n != 0 && !raceEnabled { // which has pools forget
 			t.Errorf("%s: %v allocations a hit, want 0", method, n)
 		}
 		if size := int(unsafe.Sizeof(*s.c)) + cap(s.c.table.octets) + 10*cap(s.c.table.entries) + 8*cap(s.c.streams); size > 2048 {

@@ -59,22 +59,19 @@ func (s *HTTPS) allH2() []*h2Conn {
 
 // serve runs the connection to its end.
 func (c *h2Conn) serve() {
-	err := c.read()
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	defer c.raw.Close()
-	if err != nil {
+	if err := c.read(); err != nil {
 		c.s.cfg.Logger.Debug("HTTP/2 connection", "client", c.m.peer.client, "err", err)
 	}
+	c.mu.Lock()
 	for c.m.underWay() > 0 || c.writing && !c.broken {
 		c.changed.Wait()
 	}
-	if c.broken {
-		return
-	}
 	c.m.drain(&c.t)
 	c.flush()
-	if c.broken {
+	broken := c.broken
+	c.mu.Unlock()
+	if broken {
 		return
 	}
 	_ = c.raw.SetWriteDeadline(time.Now().Add(writeTimeout))

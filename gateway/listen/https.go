@@ -296,19 +296,21 @@ func (s *HTTPS) serveTCP() error {
 	if s.srv != nil {
 		h1.Go(func() { _ = s.srv.Serve(s.h1) })
 	}
+	shaking, cancel := context.WithCancel(s.ctx)
 	for {
 		nc, err := s.ln.Accept()
 		if err != nil {
 			break
 		}
-		s.wg.Go(func() { s.serveConn(nc) })
+		s.wg.Go(func() { s.serveConn(shaking, nc) })
 	}
+	cancel() // nothing was asked yet
 	if !s.halted() {
 		s.closeTCP()
 		return net.ErrClosed
 	}
 	for _, c := range s.allH2() {
-		c.drain()
+		s.wg.Go(c.drain)
 	}
 	if s.srv != nil {
 		ctx, cancel := s.patience()
@@ -319,24 +321,13 @@ func (s *HTTPS) serveTCP() error {
 	return nil
 }
 
-// serveConn makes the handshake and gives the connection to who speaks its protocol. One without ALPN is HTTP/1.1.
-func (s *HTTPS) serveConn(nc net.Conn) {
+// serveConn makes the handshake, until ctx is done, and gives the connection to who speaks its protocol. One without ALPN is
+// HTTP/1.1.
+func (s *HTTPS) serveConn(ctx context.Context, nc net.Conn) {
 	conn := tls.Server(nc, s.tls)
-	ctx, cancel := context.WithTimeout(s.ctx, headerTimeout)
-	stop := context.AfterFunc(ctx, func() { _ = nc.Close() })
-	defer cancel()
-	defer stop()
-	shaking := make(chan struct{})
-	go func() {
-		select {
-		case <-s.stop: // nothing was asked
-			cancel()
-		case <-shaking:
-		}
-	}()
+	ctx, cancel := context.WithTimeout(ctx, headerTimeout)
 	err := conn.HandshakeContext(ctx)
-	close(shaking)
-	stop()
+	cancel()
 	switch {
 	case err != nil:
 		s.cfg.Logger.Debug("TLS handshake", "client", addrPort(nc.RemoteAddr()), "err", err)
@@ -347,7 +338,6 @@ func (s *HTTPS) serveConn(nc net.Conn) {
 			_ = nc.Close()
 			return
 		}
-		_ = nc.SetDeadline(time.Time{})
 		c.arm(false)
 		c.serve()
 		s.mu.Lock()
