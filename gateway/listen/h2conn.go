@@ -22,7 +22,7 @@ type h2Conn struct {
 	mu       sync.Mutex
 	changed  sync.Cond // writing, broken, or a miss has come back
 	m        *h2
-	t        turn
+	t        *turn // nil while there is nothing to say
 	spare    []byte
 	writing  bool
 	broken   bool      // nothing can be written any more
@@ -67,7 +67,7 @@ func (c *h2Conn) serve() {
 	for c.m.underWay() > 0 || c.writing && !c.broken {
 		c.changed.Wait()
 	}
-	c.m.drain(&c.t)
+	c.m.drain(c.turn())
 	c.flush()
 	broken := c.broken
 	c.mu.Unlock()
@@ -117,18 +117,31 @@ func (c *h2Conn) input(data []byte) (rest []byte, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for used := 1; used > 0 && err == nil && !c.broken; {
-		used, err = c.m.input(&c.t, data)
+		t := c.turn()
+		used, err = c.m.input(t, data)
 		data = data[used:]
-		for _, m := range c.t.misses {
+		for i, m := range t.misses {
 			go c.resolve(m)
+			t.misses[i] = nil
 		}
-		c.t.misses = c.t.misses[:0]
+		t.misses = t.misses[:0]
 		c.flush()
 		for c.writing && len(c.t.out) > maxPending && !c.broken {
 			c.changed.Wait()
 		}
 	}
 	return data, err
+}
+
+// turns has the memory of connections that have something to say; idle ones have none.
+var turns = sync.Pool{New: func() any { return new(turn) }}
+
+// turn returns c.t. Whoever calls it calls flush next, which gives it back. mu is held.
+func (c *h2Conn) turn() *turn {
+	if c.t == nil {
+		c.t = turns.Get().(*turn)
+	}
+	return c.t
 }
 
 // resolve answers a miss, which it owns.
@@ -139,7 +152,7 @@ func (c *h2Conn) resolve(m *miss) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.m.answer(&c.t, m, out)
+	c.m.answer(c.turn(), m, out)
 	c.flush()
 	if c.m.underWay() == 0 {
 		c.setDeadline()
@@ -176,10 +189,11 @@ func (c *h2Conn) flush() {
 		c.changed.Broadcast()
 	}
 	c.writing = false
-	c.spare = nil
-	if cap(c.t.out) > keepBuffer || len(c.t.out) == 0 && c.broken {
-		c.t.out = nil
+	if cap(c.t.out) <= 2*enough {
+		c.t.out = c.t.out[:0]
+		turns.Put(c.t)
 	}
+	c.t, c.spare = nil, nil
 	c.changed.Broadcast()
 }
 
@@ -232,7 +246,7 @@ func (c *h2Conn) drain() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.draining = true
-	c.m.drain(&c.t)
+	c.m.drain(c.turn())
 	c.flush()
 	c.setDeadline()
 }

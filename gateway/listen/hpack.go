@@ -2,6 +2,7 @@ package listen
 
 import (
 	"encoding/binary"
+	"slices"
 	"strings"
 
 	"golang.org/x/net/http2/hpack"
@@ -366,12 +367,12 @@ type huffmanCode struct {
 	symbols [256]byte               // by their codes
 }
 
-const longestCode = 30
+const shortestCode, longestCode = 5, 30 // in bits
 
 var huffman = func() *huffmanCode {
 	h := new(huffmanCode)
 	n := 0
-	for length := 5; length <= longestCode; length++ {
+	for length := shortestCode; length <= longestCode; length++ {
 		h.first[length] = n
 		h.limit[length] = h.limit[length-1]
 		for c := range 256 {
@@ -400,6 +401,9 @@ var huffman = func() *huffmanCode {
 // decode appends what src stands for to dst. ok is false for what is no code, and for padding that is longer than seven
 // bits or not of ones.
 func (h *huffmanCode) decode(dst, src []byte) (decoded []byte, ok bool) {
+	at := len(dst)
+	dst = slices.Grow(dst, len(src)*8/shortestCode)
+	out := dst[:cap(dst)]
 	var acc uint64 // the next bits, at the top
 	var bits uint  // how many
 	for {
@@ -426,15 +430,16 @@ func (h *huffmanCode) decode(dst, src []byte) (decoded []byte, ok bool) {
 			if length > bits {
 				break
 			}
-			dst = append(dst, c)
-			acc <<= length
+			out[at] = c
+			at++
+			acc <<= length & 63
 			bits -= length
 			if bits < longestCode && len(src) > 0 {
 				break
 			}
 		}
 		if len(src) == 0 {
-			return dst, bits < 8 && acc == ^(^uint64(0)>>bits)
+			return out[:at], bits < 8 && acc == ^(^uint64(0)>>bits)
 		}
 	}
 }
