@@ -260,7 +260,8 @@ func (s *HTTPS) Addr() net.Addr { return s.addr }
 // Name implements Server.
 func (s *HTTPS) Name() string { return s.cfg.Name }
 
-// Serve implements Server. The goroutines of idle connections, which belong to the HTTP libraries, end a moment later.
+// Serve implements Server. The goroutines of idle HTTP/1.1 and HTTP/3 connections, which belong to libraries, end a moment
+// later.
 func (s *HTTPS) Serve() error {
 	if !s.begin() {
 		return nil
