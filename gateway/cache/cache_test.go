@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"runtime"
 	"slices"
@@ -107,6 +108,14 @@ func TestNew(t *testing.T) {
 		{"MinTTL above MaxTTL", Config{MaxBytes: 1 << 20, MinTTL: 2 * time.Second, MaxTTL: time.Second}, "MinTTL is 2s, want 0s to 1s, which is MaxTTL"},
 		{"MaxTTL too short", Config{MaxBytes: 1 << 20, MaxTTL: 999 * time.Millisecond}, "MaxTTL is 999ms, want 1s to 596523h14m7s"},
 		{"NegativeMaxTTL too long", Config{MaxBytes: 1 << 20, NegativeMaxTTL: 1 << 62}, "NegativeMaxTTL is 1281023h53m38.427387904s, want 1s to 596523h14m7s"},
+		{"StaleFor negative", Config{MaxBytes: 1 << 20, StaleFor: -1}, "StaleFor is -1ns, want 0s to 596523h14m7s"},
+		{"StaleFor too long", Config{MaxBytes: 1 << 20, StaleFor: 1 << 62}, "StaleFor is 1281023h53m38.427387904s, want 0s to 596523h14m7s"},
+		{"prefetch", Config{MaxBytes: 1 << 20, PrefetchHits: 255, PrefetchRemaining: 0.5}, ""},
+		{"PrefetchHits", Config{MaxBytes: 1 << 20, PrefetchHits: 256, PrefetchRemaining: 0.5}, "PrefetchHits is 256, want at most 255"},
+		{"no PrefetchRemaining", Config{MaxBytes: 1 << 20, PrefetchHits: 1}, "PrefetchRemaining is 0, want a share above 0 and below 1"},
+		{"PrefetchRemaining", Config{MaxBytes: 1 << 20, PrefetchHits: 1, PrefetchRemaining: 1}, "PrefetchRemaining is 1, want a share above 0 and below 1"},
+		{"PrefetchRemaining NaN", Config{MaxBytes: 1 << 20, PrefetchHits: 1, PrefetchRemaining: math.NaN()},
+			"PrefetchRemaining is NaN, want a share above 0 and below 1"},
 		{"two mistakes", Config{MaxTTL: 1}, "MaxBytes is 0, want at least 524288\nMaxTTL is 1ns, want 1s to 596523h14m7s"},
 	}
 	for _, tt := range tests {
