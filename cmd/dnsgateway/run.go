@@ -109,6 +109,7 @@ func reopenOn(hup <-chan os.Signal, stop <-chan struct{}, output *observe.LogOut
 func printStart(w io.Writer, cfg *config.Config, g *gateway.Gateway) {
 	fmt.Fprintf(w, "dnsgateway %s, settings from %s\n\n", version(), sourceName(cfg))
 	printListeners(w, cfg, g.Addrs(), g.AdminAddr())
+	printCache(w, cfg.Cache)
 	printLadder(w, cfg)
 	if line := tryLine(g.Addrs()); line != "" {
 		fmt.Fprintf(w, "\nTry:  %s\nStop: Ctrl-C\n\n", line)

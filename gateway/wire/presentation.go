@@ -9,7 +9,7 @@ import (
 const maxLabel = 63
 
 // ParseName reads a domain name as people write it (RFC 1035, section 5.1: \. and \DDD stand for octets) and returns it in
-// wire form, in the letter case of s. A dot at its end changes nothing; "." is the root. Names are octets here: one that is
+// wire form and lower case, as [Query.Key] has it. A dot at its end changes nothing; "." is the root. Names are octets here: one that is
 // not ASCII is wanted in A-labels (RFC 5890, section 2.3.2.1). An error says what is wrong without repeating s.
 func ParseName(s string) ([]byte, error) {
 	switch s {
@@ -43,6 +43,9 @@ func ParseName(s string) ([]byte, error) {
 		}
 		if name[label]++; name[label] > maxLabel {
 			return nil, fmt.Errorf("a label is longer than %d octets", maxLabel)
+		}
+		if c >= 'A' && c <= 'Z' {
+			c += 'a' - 'A'
 		}
 		name = append(name, c)
 	}

@@ -16,13 +16,14 @@ func TestParseName(t *testing.T) {
 		want       string // "" is an error
 		says       string // a part of the error
 	}{
-		{"a name", "www.Example.com", "\x03www\x07Example\x03com\x00", ""},
+		{"a name", "www.Example.com", "\x03www\x07example\x03com\x00", ""},
 		{"a dot at the end", "www.example.com.", "\x03www\x07example\x03com\x00", ""},
 		{"the root", ".", "\x00", ""},
 		{"one label", "localhost", "\x09localhost\x00", ""},
 		{"no host's name", "_tcp.0/25.*", "\x04_tcp\x040/25\x01*\x00", ""},
 		{"an escaped dot", `a\.b.c`, "\x03a.b\x01c\x00", ""},
 		{"an escaped backslash", `a\\.c`, "\x02a\\\x01c\x00", ""},
+		{"escaped capital letters", `\A\066`, "\x02ab\x00", ""},
 		{"octets in digits", `\000\255.x`, "\x02\x00\xff\x01x\x00", ""},
 		{"a dot in digits", `a\046b`, "\x03a.b\x00", ""},
 		{"the longest label", long, "\x3f" + long + "\x00", ""},
