@@ -192,8 +192,12 @@ func bindTCP(ctx context.Context, addr netip.AddrPort) (net.Listener, error) {
 
 // bindUDP binds with large socket buffers: a burst waits in the kernel instead of being lost. The system may give less.
 func bindUDP(ctx context.Context, addr netip.AddrPort) (*net.UDPConn, error) {
+	return listenUDP(ctx, new(net.ListenConfig), addr)
+}
+
+func listenUDP(ctx context.Context, lc *net.ListenConfig, addr netip.AddrPort) (*net.UDPConn, error) {
 	network, host := target("udp", addr)
-	pc, err := new(net.ListenConfig).ListenPacket(ctx, network, host)
+	pc, err := lc.ListenPacket(ctx, network, host)
 	if err != nil {
 		return nil, &BindError{Network: "udp", Addr: addr, Err: err}
 	}
