@@ -6,7 +6,7 @@
 // miss Resolve. Padding, truncation and EDNS options are the Handler's work, so that policy exists once.
 //
 // What surprises a newcomer: ServeWire runs on the goroutine that read the query, because it never waits; only misses
-// get a goroutine of their own. ([HTTPS] and [QUIC] have one per request anyway.) And constructors bind but start nothing:
+// go to other goroutines. ([HTTPS] and [QUIC] have one per request anyway.) And constructors bind but start nothing:
 // clients wait in the kernel until Serve.
 package listen
 
