@@ -60,6 +60,7 @@ func runGateway(cmd *cobra.Command, file string) error {
 	for _, w := range cfg.Warnings {
 		logger.Warn("configuration", "place", w.Place.String(), "key", w.Path, "warning", w.Msg)
 	}
+	tuneGarbage()
 	g, err := gateway.New(cfg, gateway.Options{Logger: logger, Version: version()})
 	if err != nil {
 		return exit(exitFailure, err)

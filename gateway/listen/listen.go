@@ -6,8 +6,8 @@
 // miss Resolve. Padding, truncation and EDNS options are the Handler's work, so that policy exists once.
 //
 // What surprises a newcomer: ServeWire runs on the goroutine that read the query, because it never waits; only misses
-// go to other goroutines. ([HTTPS] and [QUIC] have one per request anyway.) And constructors bind but start nothing:
-// clients wait in the kernel until Serve.
+// get a goroutine of their own. (HTTP/1.1, HTTP/3 and [QUIC] have one per request anyway; HTTP/2 is our own.) And constructors
+// bind but start nothing: clients wait in the kernel until Serve.
 package listen
 
 import (

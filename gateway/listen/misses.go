@@ -16,10 +16,10 @@ const (
 	maxParked = 256
 )
 
-// misses has a bounded set of workers answer the misses of a listener. When all are busy misses wait; when too many
+// missQueue has a bounded set of workers answer the misses of a listener. When all are busy misses wait; when too many
 // wait, the one that has waited longest is shed, as its client is the likeliest to have given up, and the newest, whose
 // client has just begun to wait, is kept.
-type misses struct {
+type missQueue struct {
 	do   func(*pending) // answers a miss and owns it
 	drop func(*pending) // takes a miss that is not answered
 	max  int
@@ -39,13 +39,13 @@ type worker struct {
 	next chan *pending // gets one miss, or nil as the order to end, each time the worker is taken from parked
 }
 
-func (w *misses) init(limit int, do, drop func(*pending)) {
+func (w *missQueue) init(limit int, do, drop func(*pending)) {
 	w.max, w.do, w.drop = limit, do, drop
 	w.ring = make([]*pending, limit)
 }
 
 // add gives m to a worker, or lets it wait. It does not block.
-func (w *misses) add(m *pending) {
+func (w *missQueue) add(m *pending) {
 	w.mu.Lock()
 	switch last := len(w.parked) - 1; {
 	case last >= 0:
@@ -72,7 +72,7 @@ func (w *misses) add(m *pending) {
 }
 
 // pop takes the oldest from the ring, which is not empty. mu is held.
-func (w *misses) pop() *pending {
+func (w *missQueue) pop() *pending {
 	m := w.ring[w.head]
 	w.ring[w.head] = nil
 	w.head = (w.head + 1) % len(w.ring)
@@ -80,12 +80,12 @@ func (w *misses) pop() *pending {
 	return m
 }
 
-func (w *misses) giveUp(m *pending) {
+func (w *missQueue) giveUp(m *pending) {
 	w.shed.Add(1)
 	w.drop(m)
 }
 
-func (w *misses) work(m *pending) {
+func (w *missQueue) work(m *pending) {
 	self := &worker{next: make(chan *pending, 1)}
 	for m != nil {
 		w.do(m)
@@ -94,7 +94,7 @@ func (w *misses) work(m *pending) {
 }
 
 // take returns what the worker does next, or nil when it is to end.
-func (w *misses) take(self *worker) *pending {
+func (w *missQueue) take(self *worker) *pending {
 	for {
 		w.mu.Lock()
 		if w.n == 0 {
@@ -118,7 +118,7 @@ func (w *misses) take(self *worker) *pending {
 }
 
 // finish returns when all misses are answered and the workers have ended. Nothing may be added any more.
-func (w *misses) finish() {
+func (w *missQueue) finish() {
 	w.mu.Lock()
 	w.finished = true
 	idle := w.parked

@@ -8,19 +8,18 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// crew is a misses whose work is to wait for a word on gate, and which remembers what became of each miss by its ID.
+// crew is a missQueue whose work is to wait for a word on gate, and which remembers what became of each miss by its ID.
 type crew struct {
-	misses
+	missQueue
 	gate    chan struct{}
-	begun   chan uint16
 	done    chan uint16
 	dropped []uint16
 }
 
 func newCrew(limit int) *crew {
-	c := &crew{gate: make(chan struct{}), begun: make(chan uint16, 10000), done: make(chan uint16, 10000)}
+	c := &crew{gate: make(chan struct{}), done: make(chan uint16, 10000)}
 	c.init(limit,
-		func(m *pending) { c.begun <- m.q.ID; <-c.gate; c.done <- m.q.ID },
+		func(m *pending) { <-c.gate; c.done <- m.q.ID },
 		func(m *pending) { c.dropped = append(c.dropped, m.q.ID) })
 	return c
 }
@@ -29,6 +28,17 @@ func (c *crew) ask(id int) {
 	m := new(pending)
 	m.q.ID, m.q.Received = uint16(id), time.Now().UnixNano()
 	c.add(m)
+}
+
+func (c *crew) finished() (ids []uint16) {
+	for {
+		select {
+		case id := <-c.done:
+			ids = append(ids, id)
+		default:
+			return ids
+		}
+	}
 }
 
 func TestMissesOldestIsShed(t *testing.T) {
@@ -40,20 +50,17 @@ func TestMissesOldestIsShed(t *testing.T) {
 		if d := cmp.Diff(c.dropped, []uint16{3, 4, 5, 6}); d != "" {
 			t.Error("shed:", d)
 		}
-		for range 3 {
-			<-c.begun
-		}
-		for _, id := range []uint16{7, 8, 9} { // those that waited go in the order in which they came
+		var got []uint16
+		for range 6 { // one by one: those that wait go in the order in which they came
+			synctest.Wait() // everybody stands at the gate
 			c.gate <- struct{}{}
-			if got := <-c.begun; got != id {
-				t.Errorf("miss %d is begun, want %d", got, id)
-			}
+			got = append(got, <-c.done)
 		}
-		close(c.gate)
+		if d := cmp.Diff(got[3:], []uint16{7, 8, 9}); d != "" {
+			t.Logf("answered: %v", got)
+			t.Error("those that waited:", d)
+		}
 		c.finish()
-		if n := len(c.done); n != 6 {
-			t.Errorf("%d are answered, want 6", n)
-		}
 		if n := c.shed.Load(); n != 4 {
 			t.Errorf("%d are shed, want 4", n)
 		}
@@ -76,7 +83,7 @@ func TestMissesPatience(t *testing.T) {
 		if d := cmp.Diff(c.dropped, []uint16{4}); d != "" {
 			t.Error("shed:", d)
 		}
-		if n := len(c.done); n != 6 {
+		if n := len(c.finished()); n != 6 {
 			t.Errorf("%d are answered, want 6", n)
 		}
 		if n := c.shed.Load(); n != 1 {
@@ -113,7 +120,7 @@ func TestMissesWorkers(t *testing.T) {
 		if w, p := count(); w != maxParked || p != maxParked {
 			t.Errorf("%d workers, %d parked, want %d", w, p, maxParked)
 		}
-		if n := len(c.done); n != 100+3*maxParked {
+		if n := len(c.finished()); n != 100+3*maxParked {
 			t.Errorf("%d are answered, want %d", n, 100+3*maxParked)
 		}
 		c.finish()

@@ -60,7 +60,7 @@ type Packet struct {
 	info  packetInfo
 	port  uint16
 
-	misses misses
+	misses missQueue
 	pool   sync.Pool // of *pending
 	life
 }
