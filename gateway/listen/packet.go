@@ -360,8 +360,8 @@ func (s *socket) post(m *pending) {
 	}
 	s.sending = true
 	// What an upstream's connection brings at once makes many workers ready at once: those that can run have their turn
-	// before the answers leave. With nobody else to run it takes no time; 64 that were ready together took 3 to 7 calls
-	// instead of 64, and 13 % less CPU.
+	// before the answers leave. With nobody else to run that is at once; 64 that were ready together took 2 to 7 calls
+	// instead of 64, and bursts of 32 took 13 % less CPU on one core, 2 % on two.
 	s.mu.Unlock()
 	runtime.Gosched()
 	s.mu.Lock()
