@@ -18,8 +18,8 @@ import (
 )
 
 // Datagrams travel in batches by recvmmsg(2) and sendmmsg(2), called directly. golang.org/x/net calls them too, but
-// makes a net.Addr for each message that it reads, parses one for each that it writes, and so allocates four times a
-// query. Here an address goes back as the octets that it came in.
+// makes a net.Addr for each message that it reads, two allocations a query, and parses it for the one that it writes.
+// Here an address goes back as the octets that it came in.
 //
 // The calls never block, so the scheduler is not told of them (RawSyscall6), which would let it give our P away in the
 // middle of a batch. What waits for datagrams is the runtime's poller, through [syscall.RawConn].

