@@ -60,6 +60,7 @@ func TestDocker(t *testing.T) {
 upstreams: [tls://192.0.2.1]
 log: {output: file:/app/log/dnsgateway.log, format: json}
 local: {chaos: {version.bind: in-a-container}}
+cache: {save: /app/cache/cache.bin}
 `)
 	if err := os.Chmod(filepath.Join(logs, "config.yaml"), 0o644); err != nil {
 		t.Fatal(err)
@@ -90,6 +91,9 @@ local: {chaos: {version.bind: in-a-container}}
 	if out, status := run(t, inside("health")...); status != 0 {
 		t.Errorf("health: got status %d: %s", status, out)
 	}
+	if out, status := run(t, inside("flush", "-c", "/app/log/config.yaml")...); status != 0 || out != "flushed all answers: 0 entries\n" {
+		t.Errorf("flush: got status %d: %s", status, out)
+	}
 	info, err := os.Stat(logFile)
 	if err != nil {
 		t.Fatal(err)
@@ -108,6 +112,8 @@ local: {chaos: {version.bind: in-a-container}}
 	}
 	if data, _ := os.ReadFile(logFile); !strings.Contains(string(data), `"msg":"stopped"`) {
 		t.Errorf("the log does not end with a stop:\n%s", data)
+	} else if !strings.Contains(string(data), `"msg":"the cache is saved"`) {
+		t.Errorf("the cache was not saved:\n%s", data)
 	}
 }
 
@@ -136,8 +142,10 @@ func checkImage(t *testing.T, b buildah) {
 	if c.User != "65532:65532" {
 		t.Errorf("user: got %q", c.User)
 	}
-	if _, ok := c.Volumes["/app/log"]; !ok {
-		t.Errorf("volumes: got %v, want /app/log", c.Volumes)
+	for _, volume := range []string{"/app/log", "/app/cache"} {
+		if _, ok := c.Volumes[volume]; !ok {
+			t.Errorf("volumes: got %v, want %s", c.Volumes, volume)
+		}
 	}
 	if want := "CMD /usr/local/bin/dnsgateway health"; strings.Join(c.Healthcheck.Test, " ") != want {
 		t.Errorf("health check: got %q, want %q", c.Healthcheck.Test, want)
