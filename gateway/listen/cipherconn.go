@@ -12,10 +12,36 @@ import (
 // crypto/tls gives up on a connection after an error of Read, unless it is a temporary net.Error: then the next call goes
 // on where this one has ended, in the middle of a record too.
 type cipherConn struct {
-	nc  net.Conn
-	in  []byte  // what Read has not taken
-	end bool    // nothing comes after in
-	out *[]byte // where Write appends
+	nc    net.Conn
+	in    []byte  // what Read has not taken
+	end   bool    // nothing comes after in
+	out   *[]byte // where Write appends
+	whole int     // records that were read to their end, see count
+	// Where in a record the last octet was that was read: how many octets of its header are known, and how many follow.
+	header [5]byte
+	known  int
+	rest   int
+}
+
+// count looks for the ends of records in b, which was read (RFC 8446, section 5.1). Whoever reads the plaintext takes one
+// off whole for each, and knows without another call of Read when there is no more.
+func (c *cipherConn) count(b []byte) {
+	for len(b) > 0 {
+		if c.known < len(c.header) {
+			n := copy(c.header[c.known:], b)
+			c.known, b = c.known+n, b[n:]
+			if c.known < len(c.header) {
+				return
+			}
+			c.rest = int(c.header[3])<<8 | int(c.header[4])
+		}
+		n := min(c.rest, len(b))
+		c.rest, b = c.rest-n, b[n:]
+		if c.rest == 0 {
+			c.whole++
+			c.known = 0
+		}
+	}
 }
 
 // empty is the error of a Read from memory that has no more.
@@ -31,7 +57,9 @@ var errEmpty net.Error = empty{}
 func (c *cipherConn) Read(b []byte) (int, error) {
 	switch {
 	case c.nc != nil:
-		return c.nc.Read(b)
+		n, err := c.nc.Read(b)
+		c.count(b[:n])
+		return n, err
 	case len(c.in) > 0:
 		n := copy(b, c.in)
 		c.in = c.in[n:]

@@ -365,6 +365,10 @@ func (l *loop) turn(c *loopConn) {
 		c.quiet = l.now
 		c.send(t)
 	}
+	if c.draining && !c.leaving && l.now >= c.drainAt && !c.broken {
+		c.leave(t)
+		c.over = c.over || !c.m.open()
+	}
 	t.served = 0
 	have := copy(l.in, c.left)
 	for budget := readMost; ; {
@@ -443,16 +447,9 @@ func (l *loop) expire() {
 			continue
 		}
 		switch {
-		case len(c.pending) > 0 || c.lingering:
+		case len(c.pending) > 0 && c.stuck+int64(writeTimeout) <= l.now || c.lingering:
 			c.broken = true
-		case c.draining && !c.leaving:
-			if c.records != nil {
-				c.records.out = &l.t.cipher
-			}
-			if !c.safely(func() { c.leave(&l.t) }) {
-				c.broken = true
-			}
-			c.over = c.over || !c.m.open()
+		case c.draining && !c.leaving: // turn does
 		default:
 			c.over = true
 		}
@@ -512,14 +509,14 @@ func (c *loopConn) due(now int64) int64 {
 	switch {
 	case c.closed:
 		return now + int64(c.s.idle)
+	case c.draining && !c.leaving:
+		return c.drainAt
 	case len(c.pending) > 0:
 		return c.stuck + int64(writeTimeout)
 	case c.lingering:
 		return c.lingerTo
 	case c.over || c.stalled:
 		return now + int64(c.s.idle) // a miss
-	case c.draining && !c.leaving:
-		return c.drainAt
 	case c.partial != 0:
 		return c.partial + int64(c.s.message)
 	case c.m.underWay() > 0:
@@ -592,21 +589,23 @@ func (c *loopConn) read(l *loop, have int) int {
 	if c.tls == nil {
 		return n
 	}
-	c.records.in, c.records.end = into[:n], c.over
+	r := c.records
+	r.in, r.end = into[:n], c.over
+	r.count(r.in)
 	had := have
-	for {
+	for r.whole > 0 || len(r.in) > 0 || c.over {
 		n, err := c.tls.Read(l.in[have:])
 		have += n
+		r.whole--
 		if err == errEmpty {
-			break
-		}
-		if err != nil {
+			r.whole = 0 // some were not for us
+		} else if err != nil {
 			// The end, by close_notify or without; or what is wrong, and the alert that says so is on its way.
 			c.over = true
 			break
 		}
 	}
-	c.records.in = nil
+	r.in = nil
 	c.send(&l.t)
 	return have - had
 }

@@ -129,7 +129,8 @@ func (c *streamConn) makeRoom(have int) {
 	}
 }
 
-// miss resolves m and, with others that are ready at the same time, answers it.
+// miss resolves m and, with others that are ready at the same time, answers it. If it becomes the writer and the client
+// does not read, those others wait with it until the write has had its time: they are not more than a pipeline.
 func (c *streamConn) miss(m *miss) {
 	defer c.s.wg.Done()
 	if !c.resolve(m) {
