@@ -64,6 +64,8 @@ type Gateway struct {
 	grace   time.Duration
 	policy  atomic.Pointer[policy]
 
+	snapshot *snapshot // nil: the cache is kept nowhere
+
 	serving  atomic.Bool
 	draining atomic.Bool
 }
@@ -89,11 +91,15 @@ func New(cfg *config.Config, o Options) (*Gateway, error) {
 	if cfg.Cache.Size > 0 {
 		g.cache, err = cache.New(cache.Config{
 			MaxBytes: cfg.Cache.Size, MinTTL: cfg.Cache.MinTTL, MaxTTL: cfg.Cache.MaxTTL, NegativeMaxTTL: cfg.Cache.NegativeMax,
+			StaleFor: cfg.Cache.Stale.For, PrefetchHits: uint32(cfg.Cache.Prefetch.Hits), PrefetchRemaining: cfg.Cache.Prefetch.Remaining,
 		})
 		if err != nil {
 			return nil, fmt.Errorf("making the cache: %w", err)
 		}
 		g.metrics.WatchCache(g.cacheStats)
+		if cfg.Cache.Save.File != "" {
+			g.snapshot = newSnapshot(g.cache, cfg.Cache.Save.File, cfg.Cache.Save.Every, g.log)
+		}
 	}
 	p, err := g.buildPolicy(cfg)
 	if err != nil {
@@ -151,6 +157,7 @@ func (g *Gateway) Run(ctx context.Context) error {
 	for _, u := range p.groups {
 		groups.Go(func() error { return u.Run(background) })
 	}
+	endSnapshot := g.keep(background)
 	adminDone := make(chan struct{})
 	go func() {
 		defer close(adminDone)
@@ -180,6 +187,7 @@ func (g *Gateway) Run(ctx context.Context) error {
 	err := serve.Wait()
 	stopBackground()
 	err = errors.Join(err, groups.Wait(), p.close())
+	endSnapshot()
 	g.shutdownAdmin()
 	<-adminDone
 	if drained != nil {

@@ -70,7 +70,11 @@ func buildTLS(pairs []config.KeyPair) (*tls.Config, error) {
 }
 
 func (g *Gateway) bindAdmin(ctx context.Context) error {
-	a, err := admin.New(admin.Config{Ready: g.Ready, Metrics: g.metrics.Handler(g.log), Logger: g.log})
+	c := admin.Config{Ready: g.Ready, Metrics: g.metrics.Handler(g.log), Token: g.cfg.Admin.Token, Logger: g.log}
+	if g.cache != nil {
+		c.Flush = g.flush
+	}
+	a, err := admin.New(c)
 	if err != nil {
 		return err
 	}
@@ -88,7 +92,7 @@ func (g *Gateway) bindListener(ctx context.Context, l config.Listener) (s socket
 		Idle: g.cfg.Limits.TCPIdle,
 	}
 	stream := listen.StreamConfig{Common: common, Limits: limits, Pipeline: g.cfg.Limits.TCPPipeline}
-	packet := listen.PacketConfig{Common: common, Inflight: backstop(g.cfg.Limits.Inflight)}
+	packet := listen.PacketConfig{Common: common, Inflight: backstop(g.cfg.Limits.Inflight), Sockets: l.Sockets}
 	var one listen.Server
 	switch l.Scheme {
 	case config.DNS:

@@ -50,7 +50,7 @@ func (o upstreamObserver) Server(group, server string) forward.ServerObserver {
 func (g *Gateway) cacheStats() observe.CacheStats {
 	s := g.cache.Stats()
 	return observe.CacheStats{
-		Entries: s.Entries, Bytes: s.Bytes, MaxBytes: s.MaxBytes, Hits: s.Hits, Misses: s.Misses, Evictions: s.Evictions,
+		Entries: s.Entries, Bytes: s.Bytes, MaxBytes: s.MaxBytes, Evictions: s.Evictions,
 	}
 }
 

@@ -46,11 +46,15 @@ func testMain(m *testing.M) int {
 	return m.Run()
 }
 
-// need leaves the test out when a command is missing, or fails it when the run requires all of them.
+// need leaves the test out when a command, or a file given by its whole path, is missing, or fails it when the run requires
+// all of them.
 func need(t *testing.T, commands ...string) {
 	t.Helper()
 	for _, c := range commands {
 		if _, err := exec.LookPath(c); err == nil {
+			continue
+		}
+		if _, err := os.Stat(c); err == nil && filepath.IsAbs(c) {
 			continue
 		}
 		if os.Getenv("INTEGRATION_REQUIRE") == "1" {

@@ -19,8 +19,8 @@ func newCheckCommand() *cobra.Command {
 		Use:   "check [-c file]",
 		Short: "Check a configuration file and print what would run",
 		Long: `Check the file as the run command would, without opening a socket. Every mistake is reported at once with its
-place; the exit status is then 1. A sound file is answered with the listeners, the upstream servers in the order in which
-they are asked, and the rules.`,
+place; the exit status is then 1. A sound file is answered with the listeners, the cache, the upstream servers in the order
+in which they are asked, and the rules.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 1 {
@@ -51,6 +51,7 @@ func check(cmd *cobra.Command, file string) error {
 	w := cmd.OutOrStdout()
 	fmt.Fprintf(w, "%s is sound\n\n", sourceName(cfg))
 	printListeners(w, cfg, nil, cfg.Admin.Listen)
+	printCache(w, cfg.Cache)
 	printLadder(w, cfg)
 	for _, warning := range cfg.Warnings {
 		fmt.Fprintf(cmd.ErrOrStderr(), "warning: %v\n", warning)
@@ -75,29 +76,82 @@ func printListeners(w io.Writer, cfg *config.Config, bound []gateway.Listening, 
 	fmt.Fprintln(w, "listening on")
 	if bound == nil {
 		for _, l := range cfg.Listen {
-			printListener(w, l.Scheme, l.Addr, l.Path, l.HTTP, l.Name)
+			printListener(w, l, l.Addr)
 		}
 	}
 	for _, b := range bound {
-		printListener(w, b.Listener.Scheme, b.Addr, b.Listener.Path, b.Listener.HTTP, b.Listener.Name)
+		printListener(w, b.Listener, b.Addr)
 	}
 	fmt.Fprintf(w, "  answers %s\n", answersWhom(cfg))
 	if admin.IsValid() {
-		fmt.Fprintf(w, "  health and metrics on http://%s\n", admin)
+		flush := "flush with the token"
+		switch {
+		case cfg.Admin.Token != "":
+		case admin.Addr().IsLoopback():
+			flush = "flush by anyone on this machine"
+		default:
+			flush = "no flush, as there is no admin.token"
+		}
+		fmt.Fprintf(w, "  health and metrics on http://%s, %s\n", admin, flush)
 	}
 }
 
-func printListener(w io.Writer, scheme config.Scheme, addr netip.AddrPort, path string, versions []string, name string) {
-	url := fmt.Sprintf("%s://%s%s", scheme, addr, path)
+// printListener prints a listener that is bound to addr.
+func printListener(w io.Writer, l config.Listener, addr netip.AddrPort) {
+	url := fmt.Sprintf("%s://%s%s", l.Scheme, addr, l.Path)
 	note := map[config.Scheme]string{config.DNS: "UDP and TCP", config.UDP: "UDP", config.TCP: "TCP", config.TLS: "DoT",
-		config.QUIC: "DoQ"}[scheme]
-	if scheme == config.HTTPS {
-		note = "DoH, " + strings.Join(versions, " ")
+		config.QUIC: "DoQ"}[l.Scheme]
+	if l.Scheme == config.HTTPS {
+		note = "DoH, " + strings.Join(l.HTTP, " ")
 	}
-	if !strings.Contains(name, "://") {
-		note += ", " + name
+	if l.Sockets > 0 {
+		note += ", " + count(l.Sockets, "UDP socket", "UDP sockets")
+	}
+	if !strings.Contains(l.Name, "://") {
+		note += ", " + l.Name
 	}
 	fmt.Fprintf(w, "  %-44s %s\n", url, note)
+}
+
+// count returns n with the word for one or for more.
+func count(n int, one, more string) string {
+	if n == 1 {
+		more = one
+	}
+	return fmt.Sprintf("%d %s", n, more)
+}
+
+// printCache prints what is kept, for how long, and what happens then.
+func printCache(w io.Writer, c config.Cache) {
+	if c.Size == 0 {
+		fmt.Fprintln(w, "\ncaching nothing")
+		return
+	}
+	fmt.Fprintf(w, "\ncaching up to %s, TTLs from %s to %s, of negative answers to %s\n", size(c.Size), short(c.MinTTL), short(c.MaxTTL),
+		short(c.NegativeMax))
+	if c.Stale.For == 0 {
+		fmt.Fprintln(w, "  no stale answers")
+	} else {
+		fmt.Fprintf(w, "  stale answers after %s without a fresh one, up to %s after their time, with a TTL of %s\n", short(c.Stale.After),
+			short(c.Stale.For), short(c.Stale.TTL))
+	}
+	if c.Prefetch.Hits == 0 {
+		fmt.Fprintln(w, "  no prefetch")
+	} else {
+		fmt.Fprintf(w, "  prefetch of what has %s when %.3g%% of its life remain\n", count(c.Prefetch.Hits, "hit", "hits"), 100*c.Prefetch.Remaining)
+	}
+	if c.Save.File != "" {
+		fmt.Fprintf(w, "  saved to %s every %s\n", c.Save.File, short(c.Save.Every))
+	}
+}
+
+// size returns n octets as the file has them: in the largest unit of which they are a whole number, 64MB for one.
+func size(n int64) string {
+	units := []string{"B", "KB", "MB", "GB"}
+	for n%1024 == 0 && n > 0 && len(units) > 1 {
+		n, units = n/1024, units[1:]
+	}
+	return fmt.Sprintf("%d%s", n, units[0])
 }
 
 func answersWhom(cfg *config.Config) string {

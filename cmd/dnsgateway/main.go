@@ -102,7 +102,7 @@ over DoT, then DoH, then DoQ. Without a file it runs with built-in settings on p
 	}
 	root.Flags().AddFlagSet(run.Flags())
 	root.AddCommand(run, newCheckCommand(), newQueryCommand(), newLabCommand(), newCertCommand(), newHealthCommand(),
-		newVersionCommand())
+		newFlushCommand(), newVersionCommand())
 	return root
 }
 

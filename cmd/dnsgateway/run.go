@@ -60,6 +60,7 @@ func runGateway(cmd *cobra.Command, file string) error {
 	for _, w := range cfg.Warnings {
 		logger.Warn("configuration", "place", w.Place.String(), "key", w.Path, "warning", w.Msg)
 	}
+	tuneGarbage()
 	g, err := gateway.New(cfg, gateway.Options{Logger: logger, Version: version()})
 	if err != nil {
 		return exit(exitFailure, err)
@@ -108,6 +109,7 @@ func reopenOn(hup <-chan os.Signal, stop <-chan struct{}, output *observe.LogOut
 func printStart(w io.Writer, cfg *config.Config, g *gateway.Gateway) {
 	fmt.Fprintf(w, "dnsgateway %s, settings from %s\n\n", version(), sourceName(cfg))
 	printListeners(w, cfg, g.Addrs(), g.AdminAddr())
+	printCache(w, cfg.Cache)
 	printLadder(w, cfg)
 	if line := tryLine(g.Addrs()); line != "" {
 		fmt.Fprintf(w, "\nTry:  %s\nStop: Ctrl-C\n\n", line)

@@ -371,15 +371,45 @@ func FuzzBucket(f *testing.F) {
 }
 
 func BenchmarkAdmit(b *testing.B) {
-	a := mustNew(b, Config{PerClient: 1e6})
-	var id atomic.Uint32
-	b.ReportAllocs()
-	b.RunParallel(func(pb *testing.PB) {
-		client := netip.AddrFrom4([4]byte{10, 0, 0, byte(id.Add(1))})
-		now := noon
-		for pb.Next() {
-			now += 1000
-			a.Admit(client, false, now)
-		}
-	})
+	client := netip.MustParseAddr("10.0.0.1")
+	for _, bb := range []struct {
+		name string
+		c    Config
+	}{
+		{"list", Config{}},
+		{"list and limiter", Config{PerClient: 1e6}},
+	} {
+		b.Run(bb.name, func(b *testing.B) {
+			a, now := mustNew(b, bb.c), noon
+			b.ReportAllocs()
+			for b.Loop() {
+				now += 1000
+				if a.Admit(client, false, now) != Allowed {
+					b.Fatal("not allowed")
+				}
+			}
+		})
+	}
+	// All cores at once: for a client each, and for clients that never came before and push each other out.
+	for _, bb := range []struct {
+		name    string
+		clients uint32 // of each core
+	}{
+		{"parallel, one client a core", 1},
+		{"parallel, strangers", 1 << 24},
+	} {
+		b.Run(bb.name, func(b *testing.B) {
+			a := mustNew(b, Config{PerClient: 1e6, Allow: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}})
+			var cores atomic.Uint32
+			b.ReportAllocs()
+			b.RunParallel(func(pb *testing.PB) {
+				core, now := byte(cores.Add(1)), noon
+				for n := uint32(0); pb.Next(); n++ {
+					now += 1000
+					c := n % bb.clients
+					a.Admit(netip.AddrFrom4([4]byte{core, byte(c >> 16), byte(c >> 8), byte(c)}), false, now)
+				}
+			})
+		})
+	}
 }

@@ -1,7 +1,8 @@
-// Package admin is the operator's HTTP endpoint: liveness, readiness and metrics.
+// Package admin is the operator's HTTP endpoint: liveness, readiness and metrics, and a flush of the cache.
 //
 // It shows what it is given through functions and decides nothing itself: what "ready" means is package gateway's
-// matter. It changes nothing either; every endpoint only answers GET and HEAD.
+// matter. Whoever reaches it may look: these endpoints answer GET and HEAD. What changes something is a POST, which has to
+// show a token or to come from this machine, and not from a browser.
 //
 // What surprises a newcomer: /livez answers from this package alone unless a Live function is given. A gateway whose
 // upstreams are all dead is alive; restarting it would help nobody. That is what /readyz is for.
@@ -59,7 +60,13 @@ type Config struct {
 	Live    func() error     // nil: alive for as long as it can answer
 	Ready   func() Readiness // needed
 	Metrics http.Handler     // nil: there is no /metrics
-	Logger  *slog.Logger     // nil: silent
+	// Flush forgets the answers for a name in presentation form, with below also those for every name under it, and for "" all
+	// answers. It returns how many; its error says what is wrong with the name. nil: there is no cache.
+	Flush func(name string, below bool) (int, error)
+	// Token is what a request has to show that changes something. Without one such requests are only taken while the address
+	// that is listened on is a loopback address.
+	Token  string
+	Logger *slog.Logger // nil: silent
 }
 
 // Limits of a request. The endpoint is meant for probes and scrapers, which send small requests at once.
@@ -79,6 +86,12 @@ type Server struct {
 	mu       sync.Mutex
 	listener net.Listener
 	stopped  bool
+}
+
+// local reports whether only this machine reaches the endpoint.
+func (s *Server) local() bool {
+	a, ok := s.Addr().(*net.TCPAddr)
+	return ok && a.IP.IsLoopback()
 }
 
 // New returns an endpoint that is not bound yet.
@@ -179,6 +192,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	h.Set("Cache-Control", "no-store")
 	h.Set("X-Content-Type-Options", "nosniff")
 	var endpoint http.HandlerFunc
+	change := false
 	switch r.URL.Path {
 	case "/":
 		endpoint = s.index
@@ -190,12 +204,19 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		if s.cfg.Metrics != nil {
 			endpoint = s.cfg.Metrics.ServeHTTP
 		}
+	case "/cache/flush":
+		endpoint, change = s.flush, true
 	}
 	if endpoint == nil {
 		reply(w, http.StatusNotFound, textType, "not found; the endpoints are listed at /\n")
 		return
 	}
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+	if change && r.Method != http.MethodPost {
+		h.Set("Allow", "POST")
+		reply(w, http.StatusMethodNotAllowed, textType, "only POST\n")
+		return
+	}
+	if !change && r.Method != http.MethodGet && r.Method != http.MethodHead {
 		h.Set("Allow", "GET, HEAD")
 		reply(w, http.StatusMethodNotAllowed, textType, "only GET and HEAD\n")
 		return
@@ -223,6 +244,8 @@ func (s *Server) index(w http.ResponseWriter, _ *http.Request) {
 	if s.cfg.Metrics != nil {
 		text += "/metrics  Prometheus metrics\n"
 	}
+	text += "\nPOST /cache/flush?name=example.com&below=true  forgets the answers for that name and all below it;\n" +
+		"                                               without below for that name, without name for all\n"
 	reply(w, http.StatusOK, textType, text)
 }
 

@@ -1,20 +1,25 @@
 // Package cache keeps answers in wire form, within a fixed amount of memory. It knows lifetimes, not policy: which
 // questions share an answer is decided by the key, and what has to be checked first is checked by the caller.
 //
-// It consists of independent shards, each a hash table under its own lock. A shard that is full forgets by S3-FIFO
+// It is a hash table that is read without a lock: entries do not change once they are in it. Writers lock one shard of
+// it, and a hit writes nothing but the first few times. A shard that is full forgets by S3-FIFO
 // (https://doi.org/10.1145/3600006.3613147): what was asked for once passes through a small queue and out, so that a
 // flood of names that nobody will ask for again does not wash away what is asked for all the time.
 //
+// Answers outlive a restart by way of a file, see [Cache.SaveFile].
+//
 // What surprises a newcomer: [Cache.Put] keeps a copy whose TTLs may differ from those it was given, and an entry whose
-// time is over stays in memory until its place is needed or a fresh answer replaces it.
+// time is over stays in memory, found as stale or not at all, until its place is needed or a fresh answer replaces it.
 package cache
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"hash/maphash"
 	"math"
 	"math/bits"
+	"sync/atomic"
 	"time"
 
 	"dnsgateway/gateway/wire"
@@ -33,6 +38,19 @@ const (
 	// clockSlack is how much older than an entry a question may seem: listener and resolver read the clock one after the
 	// other. More than that means that the clock was set back, and the entry's age is unknown.
 	clockSlack = int64(10 * time.Second)
+
+	// failureLife is how long a SERVFAIL is kept, in seconds. RFC 9520, section 3.2 wants at least 1 s, RFC 2308, section 7
+	// at most 5 minutes.
+	failureLife = 5
+	// recheckAfter is for how many seconds stale answers are given without asking again after asking has failed: the
+	// failure recheck timer of RFC 8767, section 5.
+	recheckAfter = 30
+	// claimFor is for how many seconds a caller who was told to prefetch is trusted to do it. No exchange takes longer.
+	claimFor = 10
+	// minPrefetchLife is the shortest life, in seconds, that is worth to be renewed before it ends.
+	minPrefetchLife = 2
+	// maxPrefetchHits is what entry.hits has room for, and more than anybody needs.
+	maxPrefetchHits = 255
 )
 
 // Config is what [New] needs. TTLs count in whole seconds; fractions are cut off.
@@ -46,25 +64,53 @@ type Config struct {
 	MaxTTL time.Duration
 	// NegativeMaxTTL bounds the life of negative answers as well, and wins over MinTTL; 0 means DefaultNegativeMaxTTL.
 	NegativeMaxTTL time.Duration
+	// StaleFor is how long an answer can still be found after its time is over, RFC 8767; 0: it cannot.
+	StaleFor time.Duration
+	// PrefetchHits is how often an answer has to be found in its life to be worth a prefetch, at most 255; 0: no prefetch.
+	PrefetchHits uint32
+	// PrefetchRemaining is the share of an answer's life, above 0 and below 1, in which it is prefetched: its end.
+	PrefetchRemaining float64
 }
 
 // Cache maps keys to answers. All its methods may be called from any goroutine.
+//
+// A key begins with a name in lower-case wire form, as [wire.Query.Key] makes it, and hash is what [Cache.Hash] returns for
+// it. The time now is in Unix nanoseconds.
 type Cache struct {
+	table  table
 	shards []shard
 	seed   maphash.Seed
 	shift  int // a hash shifted right by this is the number of its shard
 	max    int64
 
 	minTTL, maxTTL, negativeTTL uint32 // seconds
+	staleFor                    uint32 // seconds
+	prefetchHits                uint32
+	prefetchShare               float64 // nanoseconds of each second of life
 }
 
-// Stats are a cache's gauges and, since New, its counters.
+// Found is what [Cache.Get] has found.
+type Found struct {
+	// Answer is shared: nobody may change it. It stays valid after it has left the cache.
+	Answer *wire.Answer
+	// Age is how many whole seconds ago Answer was stored; when it is fresh, less than every TTL in it.
+	Age uint32
+	// Stale says that Answer's time is over, by less than Config.StaleFor.
+	Stale bool
+	// Retry is set only with Stale: no asking has failed in the last 30 s, so upstream is to be asked before the stale answer
+	// is used. That is the failure recheck timer of RFC 8767, section 5.
+	Retry bool
+	// Prefetch tells the caller to renew the answer now: it is popular and near its end. No other caller is told so until the
+	// next Put for the key, or for 10 s; nobody is within 30 s of a Fail.
+	Prefetch bool
+}
+
+// Stats are a cache's gauges and, since New, its counter. Hits are not counted here: on many cores that would cost more than
+// the lookup.
 type Stats struct {
 	Entries   int64
 	Bytes     int64 // heap in use, the tables included; at most MaxBytes
 	MaxBytes  int64
-	Hits      uint64
-	Misses    uint64
 	Evictions uint64 // entries that made room for others, those whose time was over included
 }
 
@@ -91,21 +137,35 @@ func New(c Config) (*Cache, error) {
 			errs = append(errs, fmt.Errorf("%s is %v, want 1s to %v", d.name, d.ttl, math.MaxInt32*time.Second))
 		}
 	}
+	if c.StaleFor < 0 || c.StaleFor > math.MaxInt32*time.Second {
+		errs = append(errs, fmt.Errorf("StaleFor is %v, want 0s to %v", c.StaleFor, math.MaxInt32*time.Second))
+	}
+	if c.PrefetchHits > maxPrefetchHits {
+		errs = append(errs, fmt.Errorf("PrefetchHits is %d, want at most %d", c.PrefetchHits, maxPrefetchHits))
+	}
+	if c.PrefetchHits > 0 && !(c.PrefetchRemaining > 0 && c.PrefetchRemaining < 1) {
+		errs = append(errs, fmt.Errorf("PrefetchRemaining is %v, want a share above 0 and below 1", c.PrefetchRemaining))
+	}
 	if len(errs) > 0 {
 		return nil, errors.Join(errs...)
 	}
 	n := shardCount(c.MaxBytes)
+	each := slotsFor(c.MaxBytes / int64(n))
 	cache := &Cache{
-		shards:      make([]shard, n),
-		seed:        maphash.MakeSeed(),
-		shift:       64 - bits.TrailingZeros(uint(n)),
-		max:         c.MaxBytes,
-		minTTL:      uint32(c.MinTTL / time.Second),
-		maxTTL:      uint32(c.MaxTTL / time.Second),
-		negativeTTL: uint32(c.NegativeMaxTTL / time.Second),
+		table:         table{slots: make([]atomic.Pointer[entry], n*each), shift: 64 - bits.TrailingZeros(uint(n*each))},
+		shards:        make([]shard, n),
+		seed:          maphash.MakeSeed(),
+		shift:         64 - bits.TrailingZeros(uint(n)),
+		max:           c.MaxBytes,
+		minTTL:        uint32(c.MinTTL / time.Second),
+		maxTTL:        uint32(c.MaxTTL / time.Second),
+		negativeTTL:   uint32(c.NegativeMaxTTL / time.Second),
+		staleFor:      uint32(c.StaleFor / time.Second),
+		prefetchHits:  c.PrefetchHits,
+		prefetchShare: c.PrefetchRemaining * float64(time.Second),
 	}
 	for i := range cache.shards {
-		cache.shards[i].init(c.MaxBytes / int64(n))
+		cache.shards[i].init(c.MaxBytes/int64(n), cache.table, cache.table.slots[i*each:(i+1)*each], cache.staleFor)
 	}
 	return cache, nil
 }
@@ -121,25 +181,82 @@ func shardCount(size int64) int {
 
 func (c *Cache) shard(hash uint64) *shard { return &c.shards[hash>>c.shift] }
 
-// Get finds the live answer for key at the time now, in Unix nanoseconds, and its age in whole seconds, which is less
-// than every TTL in it. The answer is shared: nobody may change it, and it stays valid after it has left the cache. Get
-// does not allocate and does not keep key.
-func (c *Cache) Get(key []byte, now int64) (a *wire.Answer, age uint32, ok bool) {
-	hash := maphash.Bytes(c.seed, key)
-	return c.shard(hash).get(hash, key, now)
+// Hash returns the hash of key. It differs from cache to cache and from run to run, so that nobody outside can choose keys
+// that meet in one slot.
+func (c *Cache) Hash(key []byte) uint64 { return maphash.Bytes(c.seed, key) }
+
+// Get finds the answer for key that is alive at the time now, or stale. It takes no lock, does not allocate and does not
+// keep key.
+func (c *Cache) Get(key []byte, hash uint64, now int64) (f Found, ok bool) {
+	e := c.table.find(key, hash)
+	if e == nil {
+		return Found{}, false
+	}
+	age, state := e.age(now, c.staleFor)
+	if state == dead {
+		return Found{}, false
+	}
+	f = Found{Answer: &e.answer, Age: age}
+	hits := e.hit(c.prefetchHits)
+	switch {
+	case state == stale:
+		f.Stale = true
+		f.Retry = !within(e.failed.Load(), now, recheckAfter)
+	case c.prefetchHits > 0 && hits >= c.prefetchHits:
+		f.Prefetch = c.prefetch(e, now)
+	}
+	return f, true
+}
+
+// prefetch reports whether the caller is the one who is to renew e, which is fresh and popular.
+func (c *Cache) prefetch(e *entry, now int64) bool {
+	remaining := int64(e.life)*int64(time.Second) - (now - e.stored)
+	if float64(remaining) > float64(e.life)*c.prefetchShare || e.life < minPrefetchLife || e.failure ||
+		within(e.failed.Load(), now, recheckAfter) {
+		return false
+	}
+	last := e.claimed.Load()
+	return !within(last, now, claimFor) && e.claimed.CompareAndSwap(last, seconds(now))
+}
+
+// seconds returns the time now in Unix seconds, which fit until 2106, and never 0.
+func seconds(now int64) uint32 { return max(uint32(now/int64(time.Second)), 1) }
+
+// within reports whether less than so many seconds have passed from at, which is 0 for never, to now. A time that is yet to
+// come counts for nothing: the clock was set back.
+func within(at uint32, now int64, limit int64) bool {
+	d := now/int64(time.Second) - int64(at)
+	return at != 0 && d < limit && d > -clockSlack/int64(time.Second)
 }
 
 // Put stores a copy of a under key if its Lifetime says that it may be kept (RFC 2308, RFC 2181, section 8: no referral,
 // no negative answer without an SOA record, nothing truncated, no RCODE but NOERROR and NXDOMAIN, no TTL of 0), and
 // returns the answer that clients are to be sent: the copy, whose TTLs lie between the bounds of the Config, or else a
 // itself. The TTLs of a negative answer are no longer than its life, as RFC 2308, section 5 has it. Put keeps neither key
-// nor a; now is in Unix nanoseconds.
-func (c *Cache) Put(key []byte, a *wire.Answer, now int64) *wire.Answer {
-	life := a.Lifetime()
+// nor a.
+//
+// What may not be kept leaves what is there in its place, but for data with a TTL of 0: a stale answer is no longer the
+// last one known then, and goes.
+func (c *Cache) Put(key []byte, hash uint64, a *wire.Answer, now int64) *wire.Answer {
+	life, low, high := c.lifetime(a)
 	if life == 0 {
+		if a.Rcode == wire.RcodeSuccess && !a.Negative() && !a.Truncated() {
+			c.shard(hash).outdate(key, hash, now)
+		}
 		return a
 	}
-	low, high := c.minTTL, c.maxTTL
+	e := newEntry(key, hash, a, now, life)
+	e.answer.ClampTTL(low, high)
+	c.shard(hash).put(e, now)
+	return &e.answer
+}
+
+// lifetime returns for how many seconds a may be kept, 0 if it may not, and between what its TTLs have to be.
+func (c *Cache) lifetime(a *wire.Answer) (life, low, high uint32) {
+	if life = a.Lifetime(); life == 0 {
+		return 0, 0, 0
+	}
+	low, high = c.minTTL, c.maxTTL
 	if a.Negative() {
 		high = min(high, c.negativeTTL)
 		low = min(low, high)
@@ -148,11 +265,21 @@ func (c *Cache) Put(key []byte, a *wire.Answer, now int64) *wire.Answer {
 	if a.Negative() {
 		high = life
 	}
-	hash := maphash.Bytes(c.seed, key)
-	e := newEntry(hash, key, a, now, life)
-	e.answer.ClampTTL(low, high)
-	c.shard(hash).put(e, now)
-	return &e.answer
+	return life, low, high
+}
+
+// Fail notes that asking for key brought no good answer: a is a SERVFAIL, or nil for no answer at all. It never replaces a
+// good entry that may still be used, be it stale: that one only remembers the failure. Without one, a copy of a is kept for
+// 5 s, whatever its TTLs are (RFC 9520; RFC 2308, section 7), so that a name that cannot be resolved is not asked for again
+// by everybody. Fail keeps neither key nor a.
+func (c *Cache) Fail(key []byte, hash uint64, a *wire.Answer, now int64) {
+	var e *entry
+	if a != nil && !a.Truncated() {
+		e = newEntry(key, hash, a, now, failureLife)
+		e.failure = true
+		e.answer.ClampTTL(failureLife, failureLife)
+	}
+	c.shard(hash).fail(key, hash, e, now)
 }
 
 // Stats returns the sum over all shards, which are read one after the other.
@@ -164,9 +291,33 @@ func (c *Cache) Stats() Stats {
 	return s
 }
 
-// Flush forgets all answers. The counters go on.
+// Flush forgets all answers. The counter goes on.
 func (c *Cache) Flush() {
 	for i := range c.shards {
 		c.shards[i].flush()
 	}
+}
+
+// FlushName forgets the answers for a name, which is in lower-case wire form: every type, DO, CD and view of it, and with
+// below everything under it. It returns how many entries went. It looks at all entries, one shard after the other.
+func (c *Cache) FlushName(name []byte, below bool) (n int) {
+	match := func(key []byte) bool { return bytes.HasPrefix(key, name) }
+	if below {
+		match = func(key []byte) bool { return under(key, name) }
+	}
+	for i := range c.shards {
+		n += c.shards[i].flushName(match)
+	}
+	return n
+}
+
+// under reports whether the name at the front of key is name or lies below it.
+func under(key, name []byte) bool {
+	for !bytes.HasPrefix(key, name) {
+		if len(key) == 0 || key[0] == 0 || int(key[0]) >= len(key) {
+			return false
+		}
+		key = key[1+int(key[0]):]
+	}
+	return true
 }

@@ -1,7 +1,6 @@
 package cache
 
 import (
-	"bytes"
 	"math/bits"
 	"sync"
 	"sync/atomic"
@@ -12,52 +11,182 @@ import (
 )
 
 const (
-	// meanCost is what an entry is assumed to take when the tables of a shard are sized, in octets: the answer to a
-	// question for an address is 100 to 300 octets long. Where it is wrong, chains are longer or slots empty.
-	meanCost = 512
+	// meanCost is what an entry is assumed to take when the tables are sized, in octets: the answer to a question for an
+	// address takes 288. Where it is wrong, chains are longer or slots empty.
+	meanCost = 256
 	// smallShare is the part of a shard that new entries pass through; the paper has 10 %.
 	smallShare = 10
-	// maxFrequency is as far as hits are counted; the paper has two bits.
+	// maxFrequency is as far as hits are counted for eviction; the paper has two bits.
 	maxFrequency = 3
 	// promoteAt is how many hits in the small queue show that an entry is worth keeping: a client that repeats itself
 	// makes one.
 	promoteAt = 2
-	// sizeofEntry is an entry's place on the heap; the runtime rounds up to multiples of 16 in this range.
-	sizeofEntry = int64(unsafe.Sizeof(entry{})+15) &^ 15
+
+	// The bits of entry.hits: the frequency, and behind it the hits since the answer was stored, for prefetch.
+	frequencyMask = 3
+	hitShift      = 2
 )
 
-// entry is one answer. All but hits and the links is written before the entry is shared and never again. What a lookup
-// reads comes first and fits in one cache line.
+// entry is one answer. What a lookup reads comes first and fits in one cache line; that line is written to only by the
+// first few hits. All but the atomic fields and those of the queue is written before the entry is shared and never again,
+// so that readers need no lock, and an entry that has left the table stays what it was for who still holds it.
 type entry struct {
-	hash   uint64
-	chain  *entry // the next entry in the same slot of the table; guarded by the shard's lock
-	key    []byte
-	stored int64 // Unix nanoseconds
-	life   uint32
-	hits   atomic.Uint32 // at most maxFrequency; readers count without a common order, so some hits may be lost
-	cost   uint32
+	hash    uint64
+	chain   atomic.Pointer[entry] // the next entry in the same slot of the table; written under the shard's lock
+	key     *byte                 // keyLen octets, in the array that answer refers to
+	stored  int64                 // Unix nanoseconds
+	life    uint32                // seconds
+	hits    atomic.Uint32         // see frequencyMask; readers count without a common order, so some hits may be lost
+	failed  atomic.Uint32         // when asking has failed last, Unix seconds; 0: it has not
+	claimed atomic.Uint32         // when a caller was last told to prefetch, Unix seconds; 0: none was
+	cost    uint32
+	keyLen  uint16
+	failure bool // a SERVFAIL: what is good takes its place, and it is never stale
+	main    bool // which queue it is in; guarded by the shard's lock
+
 	answer wire.Answer
 
-	// Guarded by the shard's lock.
-	queue      *queue
-	prev, next *entry // the neighbours in the queue
+	prev, next *entry // the neighbours in the queue; guarded by the shard's lock
 }
 
-// newEntry returns an entry that shares no memory with key and a.
-func newEntry(hash uint64, key []byte, a *wire.Answer, now int64, life uint32) *entry {
-	e := &entry{answer: a.Clone(), key: append([]byte(nil), key...), hash: hash, stored: now, life: life}
-	e.cost = uint32(sizeofEntry + int64(max(cap(e.key), 16)+e.answer.Size()))
+// entryEDE is an entry with room for one extended DNS error, which is all that an answer ever has, nearly.
+type entryEDE struct {
+	entry
+	ede [1]wire.EDE
+}
+
+// What the structs, and a list of n extended DNS errors, take on the heap.
+var (
+	costEntry    = sizeClass(int(unsafe.Sizeof(entry{})))
+	costEntryEDE = sizeClass(int(unsafe.Sizeof(entryEDE{})))
+)
+
+// sizeClass returns how many octets the allocator takes for an object of n.
+func sizeClass(n int) uint32 { return uint32(cap(append([]byte(nil), make([]byte, n)...))) }
+
+// newEntry returns an entry that shares no memory with key and a: the struct, and one array without pointers for all that
+// it refers to.
+func newEntry(key []byte, hash uint64, a *wire.Answer, now int64, life uint32) *entry {
+	var e *entry
+	cost := costEntry
+	if len(a.EDE) == 0 {
+		e = new(entry)
+	} else {
+		big := new(entryEDE)
+		e, cost = &big.entry, costEntryEDE
+		e.answer.EDE = big.ede[:0]
+	}
+	array := a.CloneInto(&e.answer, key)
+	if n := len(a.EDE); n > 1 {
+		cost += uint32(cap(e.answer.EDE) * int(unsafe.Sizeof(wire.EDE{})))
+	}
+	e.hash, e.stored, e.life = hash, now, life
+	e.key, e.keyLen = unsafe.SliceData(array), uint16(len(key))
+	e.cost = cost + uint32(cap(array))
 	return e
 }
 
-// age returns the age of e in whole seconds, and whether e is still alive.
-func (e *entry) age(now int64) (uint32, bool) {
+func (e *entry) keyBytes() []byte { return unsafe.Slice(e.key, e.keyLen) }
+
+// state is what the time has made of an entry.
+type state uint8
+
+const (
+	dead state = iota
+	stale
+	fresh
+)
+
+// age returns the age of e in whole seconds, and what that makes of it.
+func (e *entry) age(now int64, staleFor uint32) (uint32, state) {
 	d := now - e.stored
 	if d < 0 {
-		return 0, d >= -clockSlack
+		if d < -clockSlack {
+			return 0, dead
+		}
+		return 0, fresh
 	}
-	s := d / int64(time.Second)
-	return uint32(s), s < int64(e.life)
+	s := uint64(d / int64(time.Second))
+	switch {
+	case s < uint64(e.life):
+		return uint32(s), fresh
+	case s-uint64(e.life) < uint64(staleFor) && !e.failure:
+		return uint32(s), stale
+	}
+	return 0, dead
+}
+
+// hit counts a hit. Once both counts have reached their bounds it writes nothing, so that cores which serve the same name
+// share a cache line that stays clean. It returns the hits since the answer was stored, at most popular.
+func (e *entry) hit(popular uint32) uint32 {
+	w := e.hits.Load()
+	f, n := w&frequencyMask, w>>hitShift
+	if f < maxFrequency || n < popular {
+		f, n = min(f+1, maxFrequency), min(n+1, popular)
+		e.hits.Store(n<<hitShift | f)
+	}
+	return n
+}
+
+func (e *entry) frequency() uint32 { return e.hits.Load() & frequencyMask }
+
+func (e *entry) setFrequency(f uint32) { e.hits.Store(e.hits.Load()&^frequencyMask | f) }
+
+// worth returns the frequency of e as eviction sees it, 0 when it is dead. A stale entry is worth less than a fresh one
+// that is asked for as often.
+func (e *entry) worth(now int64, staleFor uint32) uint32 {
+	f := e.frequency()
+	switch _, s := e.age(now, staleFor); {
+	case s == dead:
+		return 0
+	case s == stale && f > 0:
+		return f - 1
+	}
+	return f
+}
+
+// table is the hash table of the whole cache: chains of entries, which are read without a lock. The upper bits of a hash
+// are the number of its slot, so that every shard has a part of the table to itself.
+type table struct {
+	slots []atomic.Pointer[entry]
+	shift int
+}
+
+func (t *table) slot(hash uint64) *atomic.Pointer[entry] { return &t.slots[hash>>t.shift] }
+
+// find returns the entry for key, or nil.
+func (t *table) find(key []byte, hash uint64) *entry {
+	for e := t.slot(hash).Load(); e != nil; e = e.chain.Load() {
+		if e.hash == hash && string(e.keyBytes()) == string(key) {
+			return e
+		}
+	}
+	return nil
+}
+
+// link returns the pointer to e, which has to be in the table.
+func (t *table) link(e *entry) *atomic.Pointer[entry] {
+	link := t.slot(e.hash)
+	for next := link.Load(); next != e; next = link.Load() {
+		link = &next.chain
+	}
+	return link
+}
+
+// add puts e in front of its chain.
+func (t *table) add(e *entry) {
+	slot := t.slot(e.hash)
+	e.chain.Store(slot.Load())
+	slot.Store(e)
+}
+
+// remove takes e out. Its own link stays, for readers who are there just now.
+func (t *table) remove(e *entry) { t.link(e).Store(e.chain.Load()) }
+
+// replace puts e into the place of old.
+func (t *table) replace(old, e *entry) {
+	e.chain.Store(old.chain.Load())
+	t.link(old).Store(e)
 }
 
 // queue is a FIFO of entries: in at head, out at tail.
@@ -66,119 +195,157 @@ type queue struct {
 	bytes      int64
 }
 
-func (q *queue) push(e *entry) {
-	e.queue, e.prev, e.next = q, nil, q.head
-	if q.head != nil {
-		q.head.prev = e
-	} else {
-		q.tail = e
-	}
-	q.head = e
-	q.bytes += int64(e.cost)
-}
-
-func (q *queue) pop() *entry {
-	e := q.tail
-	q.tail = e.prev
-	if q.tail != nil {
-		q.tail.next = nil
-	} else {
-		q.head = nil
-	}
-	e.queue, e.prev = nil, nil
-	q.bytes -= int64(e.cost)
-	return e
-}
-
-// replace puts e into the place of old.
-func (q *queue) replace(old, e *entry) {
-	e.queue, e.prev, e.next = q, old.prev, old.next
-	if e.prev != nil {
-		e.prev.next = e
+// insert puts e between two neighbours, nil being the ends.
+func (q *queue) insert(prev, e, next *entry) {
+	e.prev, e.next = prev, next
+	if prev != nil {
+		prev.next = e
 	} else {
 		q.head = e
 	}
-	if e.next != nil {
-		e.next.prev = e
+	if next != nil {
+		next.prev = e
 	} else {
 		q.tail = e
 	}
-	q.bytes += int64(e.cost) - int64(old.cost)
-	old.queue, old.prev, old.next = nil, nil, nil
+	q.bytes += int64(e.cost)
 }
 
-// shard is an independent part of the cache.
-type shard struct {
-	mu      sync.RWMutex
-	slots   []*entry // a power of two of chains, by the low bits of the hash
-	ghosts  []uint32 // the high bits of hashes that left the small queue; a newer one in the same slot takes its place
-	small   queue
-	main    queue
-	room    int64 // for entries, without the tables
-	fixed   int64 // the tables
-	entries int64
+func (q *queue) remove(e *entry) {
+	if e.prev != nil {
+		e.prev.next = e.next
+	} else {
+		q.head = e.next
+	}
+	if e.next != nil {
+		e.next.prev = e.prev
+	} else {
+		q.tail = e.prev
+	}
+	e.prev, e.next = nil, nil
+	q.bytes -= int64(e.cost)
+}
 
+func (q *queue) push(e *entry) { q.insert(nil, e, q.head) }
+
+func (q *queue) pop() *entry {
+	e := q.tail
+	q.remove(e)
+	return e
+}
+
+// shard is an independent part of the cache: what has to be locked to write to a part of the table. Readers never come
+// here.
+type shard struct {
+	mu        sync.Mutex
+	table     table                   // the whole cache's
+	slots     []atomic.Pointer[entry] // the part of it that is this shard's
+	ghosts    []uint32                // marks of hashes that left the small queue; a newer one in the same slot takes its place
+	small     queue
+	main      queue
+	room      int64 // for entries, without the tables
+	fixed     int64 // the tables
+	entries   int64
 	evictions uint64
-	hits      atomic.Uint64
-	misses    atomic.Uint64
+	staleFor  uint32
 	_         [64]byte // keeps the next shard's lock off this one's cache line
 }
 
+// slotsFor returns how many slots a shard of so many octets has: a power of two.
+func slotsFor(size int64) int { return 1 << (bits.Len64(uint64(size/meanCost)) - 1) }
+
 // init gives s its tables; size bounds all that the shard uses.
-func (s *shard) init(size int64) {
-	n := 1 << (bits.Len64(uint64(size/meanCost)) - 1)
-	s.slots = make([]*entry, n)
-	s.ghosts = make([]uint32, n)
-	s.fixed = int64(unsafe.Sizeof(*s)) + int64(n)*int64(unsafe.Sizeof(s.slots[0])+unsafe.Sizeof(s.ghosts[0]))
+func (s *shard) init(size int64, t table, slots []atomic.Pointer[entry], staleFor uint32) {
+	s.table, s.slots, s.staleFor = t, slots, staleFor
+	s.ghosts = make([]uint32, len(slots))
+	s.fixed = int64(unsafe.Sizeof(*s)) + int64(len(slots))*int64(unsafe.Sizeof(s.slots[0])+unsafe.Sizeof(s.ghosts[0]))
 	s.room = size - s.fixed
 }
 
-func (s *shard) slot(hash uint64) **entry { return &s.slots[hash&uint64(len(s.slots)-1)] }
-
-func (s *shard) get(hash uint64, key []byte, now int64) (a *wire.Answer, age uint32, ok bool) {
-	s.mu.RLock()
-	e := *s.slot(hash)
-	for e != nil && (e.hash != hash || !bytes.Equal(e.key, key)) {
-		e = e.chain
+func (s *shard) queue(e *entry) *queue {
+	if e.main {
+		return &s.main
 	}
-	s.mu.RUnlock()
-	if e != nil {
-		if age, ok = e.age(now); ok {
-			if f := e.hits.Load(); f < maxFrequency {
-				e.hits.Store(f + 1)
-			}
-			s.hits.Add(1)
-			return &e.answer, age, true
-		}
-	}
-	s.misses.Add(1)
-	return nil, 0, false
+	return &s.small
 }
 
 // put takes e in, in the place of the entry with the same key if there is one, and makes room for it.
 func (s *shard) put(e *entry, now int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	link := s.slot(e.hash)
-	for ; *link != nil; link = &(*link).chain {
-		if old := *link; old.hash == e.hash && bytes.Equal(old.key, e.key) {
-			e.hits.Store(old.hits.Load())
-			e.chain, old.chain = old.chain, nil
-			*link = e
-			old.queue.replace(old, e)
-			s.shrink(now)
+	s.putLocked(s.table.find(e.keyBytes(), e.hash), e, now)
+}
+
+// putLocked is put, old being the entry with the same key, or nil.
+func (s *shard) putLocked(old, e *entry, now int64) {
+	if old != nil {
+		s.replace(old, e)
+	} else {
+		e.main = s.wasGhost(e.hash)
+		s.table.add(e)
+		s.queue(e).push(e)
+		s.entries++
+	}
+	s.shrink(now)
+}
+
+// replace puts e into the place of old, in the table and in the queue. It is as popular, but its hits are counted anew.
+func (s *shard) replace(old, e *entry) {
+	e.setFrequency(old.frequency())
+	e.main = old.main
+	s.table.replace(old, e)
+	q, prev, next := s.queue(old), old.prev, old.next
+	q.remove(old)
+	q.insert(prev, e, next)
+}
+
+// fail takes note of a failure at the time now. Only where there is no good entry that may still be used, e, which may be
+// nil, is taken in.
+func (s *shard) fail(key []byte, hash uint64, e *entry, now int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.table.find(key, hash)
+	if old != nil && !old.failure {
+		if _, state := old.age(now, s.staleFor); state != dead {
+			old.failed.Store(seconds(now))
 			return
 		}
 	}
-	e.chain = *s.slot(e.hash)
-	*s.slot(e.hash) = e
-	s.entries++
-	if s.wasGhost(e.hash) {
-		s.main.push(e)
-	} else {
-		s.small.push(e)
+	if e != nil {
+		s.putLocked(old, e, now)
 	}
-	s.shrink(now)
+}
+
+// outdate drops the entry for key if its time is over, or it is a failure.
+func (s *shard) outdate(key []byte, hash uint64, now int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e := s.table.find(key, hash); e != nil {
+		if _, state := e.age(now, s.staleFor); state != fresh || e.failure {
+			s.forget(e)
+		}
+	}
+}
+
+// restore takes in an entry of a snapshot, unless there is a good entry with its key or no room for it. It comes behind
+// all that is in its queue.
+func (s *shard) restore(e *entry, main bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.table.find(e.keyBytes(), e.hash)
+	switch {
+	case old != nil && !old.failure, s.small.bytes+s.main.bytes+int64(e.cost) > s.room:
+		return false
+	case old != nil:
+		s.replace(old, e)
+		return true
+	}
+	e.main = main
+	s.table.add(e)
+	q := s.queue(e)
+	q.insert(q.tail, e, nil)
+	s.entries++
+	return true
 }
 
 // shrink evicts until the shard keeps its bound.
@@ -195,43 +362,44 @@ func (s *shard) shrink(now int64) {
 // evictSmall takes the oldest entry out of the small queue: into the main one if it was asked for, or else out.
 func (s *shard) evictSmall(now int64) {
 	e := s.small.pop()
-	_, live := e.age(now)
-	switch {
-	case !live:
-		s.drop(e)
-	case e.hits.Load() >= promoteAt:
-		e.hits.Store(0)
+	if e.worth(now, s.staleFor) >= promoteAt {
+		e.setFrequency(0)
+		e.main = true
 		s.main.push(e)
-	default:
-		s.drop(e)
+		return
+	}
+	if _, state := e.age(now, s.staleFor); state != dead {
 		s.setGhost(e.hash)
 	}
+	s.evict(e)
 }
 
 // evictMain gives the oldest entry of the main queue another round if it was asked for, or else drops it.
 func (s *shard) evictMain(now int64) {
 	e := s.main.pop()
-	_, live := e.age(now)
-	if f := e.hits.Load(); live && f > 0 {
-		e.hits.Store(f - 1)
+	if f := e.worth(now, s.staleFor); f > 0 {
+		e.setFrequency(f - 1)
 		s.main.push(e)
 		return
 	}
-	s.drop(e)
+	s.evict(e)
 }
 
-// drop takes e, which is in no queue any more, out of the table.
-func (s *shard) drop(e *entry) {
-	link := s.slot(e.hash)
-	for *link != e {
-		link = &(*link).chain
-	}
-	*link, e.chain = e.chain, nil
+// evict takes e, which is in no queue any more, out of the table to make room.
+func (s *shard) evict(e *entry) {
+	s.table.remove(e)
 	s.entries--
 	s.evictions++
 }
 
-// ghost returns the slot for a ghost and its mark, which is never 0. The shard's number and the slot use other bits.
+// forget takes e out of the queue and the table.
+func (s *shard) forget(e *entry) {
+	s.queue(e).remove(e)
+	s.table.remove(e)
+	s.entries--
+}
+
+// ghost returns the slot for a ghost and its mark, which is never 0. The slots of the table are chosen by other bits.
 func (s *shard) ghost(hash uint64) (slot *uint32, mark uint32) {
 	return &s.ghosts[hash&uint64(len(s.ghosts)-1)], uint32(hash>>24) | 1
 }
@@ -252,20 +420,44 @@ func (s *shard) wasGhost(hash uint64) bool {
 }
 
 func (s *shard) addTo(t *Stats) {
-	s.mu.RLock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	t.Entries += s.entries
 	t.Bytes += s.fixed + s.small.bytes + s.main.bytes
 	t.Evictions += s.evictions
-	s.mu.RUnlock()
-	t.Hits += s.hits.Load()
-	t.Misses += s.misses.Load()
 }
 
 // flush drops all entries and the memory of those that left.
 func (s *shard) flush() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	clear(s.slots)
+	for i := range s.slots {
+		s.slots[i].Store(nil)
+	}
 	clear(s.ghosts)
-	s.small, s.main, s.entries = queue{}, queue{}, 0
+	for _, q := range []*queue{&s.small, &s.main} {
+		for e := q.head; e != nil; {
+			// Who still holds one of them must not hold all.
+			next := e.next
+			e.prev, e.next = nil, nil
+			e = next
+		}
+		*q = queue{}
+	}
+	s.entries = 0
+}
+
+// flushName drops the entries whose keys match, and returns how many.
+func (s *shard) flushName(match func(key []byte) bool) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range s.slots {
+		for e := s.slots[i].Load(); e != nil; e = e.chain.Load() {
+			if match(e.keyBytes()) {
+				s.forget(e)
+				n++
+			}
+		}
+	}
+	return n
 }

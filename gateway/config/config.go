@@ -65,7 +65,9 @@ type Listener struct {
 	Scheme Scheme
 	Addr   netip.AddrPort // an empty host or "*" is the unspecified IPv6 address: both families; port 0: any free one
 	Path   string         // HTTPS only; "/dns-query" by default
-	HTTP   []string       // HTTPS only: of "h1", "h2", "h3"; h1 and h2 by default
+	// Sockets is how many UDP sockets share the port, DNS and UDP only; 0: as many as the program has cores.
+	Sockets int
+	HTTP    []string // HTTPS only: of "h1", "h2", "h3"; h1 and h2 by default
 }
 
 // KeyPair is one certificate chain with its key, in PEM.
@@ -180,12 +182,35 @@ type Access struct {
 	Otherwise Otherwise
 }
 
-// Cache sizes the cache and bounds lifetimes.
+// Cache sizes the cache, bounds lifetimes, and says what happens to answers at the end of theirs.
 type Cache struct {
-	Size        int64 // bytes; 0 turns the cache off
+	Size        int64 // bytes; 0 turns the cache off, whatever the rest says
 	MinTTL      time.Duration
 	MaxTTL      time.Duration
 	NegativeMax time.Duration
+	Stale       Stale
+	Prefetch    Prefetch
+	Save        Save
+}
+
+// Stale says when an answer goes out whose time is over, RFC 8767. Its zero value is never.
+type Stale struct {
+	After time.Duration // how long a client waits for upstreams first
+	For   time.Duration // how long after its time an answer is kept; 0: not at all
+	TTL   time.Duration // what clients are told; whole seconds
+}
+
+// Prefetch says which answers are asked for anew before their time is over. Its zero value is none.
+type Prefetch struct {
+	Hits      int     // how often an answer has to have been used; 0: off
+	Remaining float64 // the part of its life that is left by then, above 0 and at most 0.5
+}
+
+// Save says where the cache is kept while the program does not run. Its zero value is nowhere.
+type Save struct {
+	Place Place
+	File  string // "": nowhere
+	Every time.Duration
 }
 
 // Limits bound what the network can make the gateway do.
@@ -218,4 +243,5 @@ type Log struct {
 type Admin struct {
 	Place  Place
 	Listen netip.AddrPort // the zero value turns it off
+	Token  string         // what requests that change something have to show; "" if there is none
 }

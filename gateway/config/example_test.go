@@ -35,6 +35,7 @@ func example(t *testing.T) []byte {
 		"lan.crt": pki()["pki/other.crt"], "lan.key": pki()["pki/other.key"],
 		"corp-ca.pem":      pki()["pki/server.crt"],
 		"client.crt":       pki()["pki/server.crt"],
+		"admin.token":      []byte("0123456789abcdef0123456789abcdef\n"),
 		"conf.d/more.yaml": []byte("listen: [tcp://127.0.0.1:9053]\n"),
 	})
 	t.Chdir(dir)
@@ -57,7 +58,7 @@ func TestExampleLoads(t *testing.T) {
 	if len(l.errs)+len(l.warns) > 0 {
 		t.Fatalf("got mistakes or warnings:\n%v\n%v", l.errs, l.warns)
 	}
-	if len(tables) < 18 {
+	if len(tables) < 21 {
 		t.Errorf("got %d tables of keys, want all of them", len(tables))
 	}
 	for table, keys := range tables {
@@ -67,7 +68,7 @@ func TestExampleLoads(t *testing.T) {
 			}
 		}
 	}
-	if got, want := len(cfg.Listen), 5; got != want {
+	if got, want := len(cfg.Listen), 6; got != want {
 		t.Errorf("got %d listeners, want %d", got, want)
 	}
 }
@@ -111,8 +112,8 @@ func TestExampleKeys(t *testing.T) {
 		}
 	}
 	walk(&doc, "")
-	if keys < 65 {
-		t.Errorf("got %d keys, want at least 65", keys)
+	if keys < 76 {
+		t.Errorf("got %d keys, want at least 76", keys)
 	}
 }
 
@@ -177,7 +178,7 @@ func TestPlaces(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := map[string]Place{"admin": cfg.Admin.Place}
+	got := map[string]Place{"admin": cfg.Admin.Place, "cache.save": cfg.Cache.Save.Place}
 	for i, l := range cfg.Listen {
 		got[fmt.Sprintf("listener %d", i)] = l.Place
 	}
@@ -203,7 +204,8 @@ func TestPlaces(t *testing.T) {
 			t.Errorf("%s: got %+v, want a whole place", what, p)
 		}
 	}
-	want := []string{"config.yaml", "conf.d/more.yaml", "server.crt", "server.key", "lan.crt", "lan.key", "corp-ca.pem", "client.crt"}
+	want := []string{"config.yaml", "conf.d/more.yaml", "server.crt", "server.key", "lan.crt", "lan.key", "corp-ca.pem", "client.crt",
+		"admin.token"}
 	if d := cmp.Diff(cfg.Files, want); d != "" {
 		t.Errorf("files (-got +want):\n%s", d)
 	}

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 	"unicode/utf8"
 
 	"github.com/rogpeppe/go-internal/txtar"
@@ -42,7 +43,8 @@ func mapDisk(files map[string][]byte) disk {
 		stat: func(name string) (fs.FileInfo, error) {
 			return nil, &fs.PathError{Op: "stat", Path: name, Err: fs.ErrNotExist}
 		},
-		real: clean,
+		real:     clean,
+		writable: func(string) error { return nil },
 	}
 }
 
@@ -161,6 +163,17 @@ func checkConfig(t *testing.T, cfg *Config) {
 	}
 	if c := cfg.Cache; c.Size < 0 || c.MinTTL < 0 || c.MinTTL > c.NegativeMax || c.NegativeMax > c.MaxTTL || c.MaxTTL == 0 {
 		t.Errorf("cache %+v", c)
+	}
+	s, p := cfg.Cache.Stale, cfg.Cache.Prefetch
+	if s.For == 0 && s != (Stale{}) || s.For < 0 || s.For > maxStaleFor || s.After < 0 || s.After > maxStaleAfter ||
+		s.For != 0 && (s.TTL < time.Second || s.TTL > maxStaleTTL || s.TTL%time.Second != 0) {
+		t.Errorf("stale %+v", s)
+	}
+	if p.Hits == 0 && p != (Prefetch{}) || p.Hits < 0 || p.Hits > 255 || p.Hits > 0 && (p.Remaining < 0.01 || p.Remaining > 0.5) {
+		t.Errorf("prefetch %+v", p)
+	}
+	if s := cfg.Cache.Save; s.Every < 10*time.Second || s.Every > 24*time.Hour {
+		t.Errorf("save %+v", s)
 	}
 	if len(cfg.Access.Allow) == 0 {
 		t.Error("nobody may ask")

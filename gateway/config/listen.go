@@ -10,8 +10,9 @@ import (
 // listenItem is a Listener while it is being read.
 type listenItem struct {
 	Listener
-	http value // zero if the key is not there
-	name value // zero if the key is not there
+	http    value // zero if the key is not there
+	name    value // zero if the key is not there
+	sockets value // zero if the key is not there
 }
 
 var listenKeys = newTable("listen[]",
@@ -32,7 +33,14 @@ var listenKeys = newTable("listen[]",
 			}
 		}
 	}},
+	entry[listenItem]{"sockets", func(v value, it *listenItem) {
+		it.sockets = v
+		v.into(&it.Sockets, 1, maxSockets)
+	}},
 )
+
+// maxSockets is more than any machine has cores that a socket each would keep busy.
+const maxSockets = 256
 
 // word reads a name that the user gives to something: letters, digits, '.', '_' and '-', no more than 63.
 func (v value) word(what string) (string, bool) {
@@ -154,6 +162,10 @@ func notAnAddress(host string) error {
 func (d *draft) addListener(it listenItem) {
 	if it.http.n != nil && it.Scheme != HTTPS {
 		it.http.errorf("only https:// has HTTP versions, not %s", it.URL)
+	}
+	if it.sockets.n != nil && it.Scheme != DNS && it.Scheme != UDP {
+		it.sockets.errorf("only dns:// and udp:// have several sockets on one port, not %s: a connection, TCP's or QUIC's, is served "+
+			"by any core", it.URL)
 	}
 	if it.Scheme == HTTPS && it.HTTP == nil {
 		it.HTTP = []string{"h1", "h2"}

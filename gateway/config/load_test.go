@@ -80,7 +80,8 @@ func write(t testing.TB, dir string, files map[string][]byte) {
 
 // testOptions has an environment with a certificate and its key.
 func testOptions(stdin string) Options {
-	env := map[string]string{"TLS_CERT": string(pki()["pki/server.crt"]), "TLS_KEY": string(pki()["pki/server.key"]), "EMPTY": " "}
+	env := map[string]string{"TLS_CERT": string(pki()["pki/server.crt"]), "TLS_KEY": string(pki()["pki/server.key"]), "EMPTY": " ",
+		"TOKEN": " 0123456789abcdef01234567\n", "WORD": "hush", "WORDS": "0123456789abcdef 0123456789abcdef"}
 	return Options{
 		Stdin:     strings.NewReader(stdin),
 		LookupEnv: func(name string) (string, bool) { v, ok := env[name]; return v, ok },
@@ -154,7 +155,7 @@ func golden(t *testing.T, kind string, least int, print func(t *testing.T, cfg *
 
 // TestBroken holds broken files against their exact messages.
 func TestBroken(t *testing.T) {
-	golden(t, "broken", 140, func(t *testing.T, cfg *Config, err error) string {
+	golden(t, "broken", 155, func(t *testing.T, cfg *Config, err error) string {
 		var errs *Errors
 		if !errors.As(err, &errs) {
 			t.Fatalf("got %v, %v, want *Errors", cfg, err)
@@ -170,7 +171,7 @@ func TestBroken(t *testing.T) {
 
 // TestWarnings holds files that work against the exact warnings.
 func TestWarnings(t *testing.T) {
-	golden(t, "warn", 12, func(t *testing.T, cfg *Config, err error) string {
+	golden(t, "warn", 14, func(t *testing.T, cfg *Config, err error) string {
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -232,6 +233,27 @@ func TestUnreadable(t *testing.T) {
 	}
 	if !errors.Is(err, fs.ErrPermission) {
 		t.Error("the cause is lost")
+	}
+}
+
+// TestSaveFolder has folders that this user may not write to; the user who runs the tests may be root and write everywhere.
+func TestSaveFolder(t *testing.T) {
+	t.Chdir(t.TempDir())
+	d := osDisk
+	d.writable = func(path string) error { return errors.New("no room for " + path) }
+	_, err := load("-", testOptions("cache: {save: cache.bin}"), d)
+	if want := "cache.save: no room for cache.bin"; err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("got %v, want %q", err, want)
+	}
+	if os.Getuid() <= 0 {
+		return
+	}
+	if err := os.Mkdir("closed", 0o500); err != nil {
+		t.Fatal(err)
+	}
+	_, err = Load("-", testOptions("cache: {save: closed/cache.bin}"))
+	if want := "cache.save: the directory closed: permission denied"; err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("got %v, want %q", err, want)
 	}
 }
 
@@ -304,9 +326,9 @@ func TestDidYouMean(t *testing.T) {
 		{"", "clients", ""}, {"", "dnssec", ""}, {"", "privacy", ""}, {"", "query_log", ""}, {"", "metrics", ""},
 		{"", "process", ""}, {"", "tests", ""}, {"upstreams.*", "dnssec", ""},
 		{"rules[]", "answer", ""}, {"rules[].if", "client", ""}, {"rules[].if", "type", ""}, {"rules[].if", "listener", ""},
-		{"rules[].if", "time", ""}, {"rules[].if", "not", ""}, {"cache", "stale", ""}, {"cache", "prefetch", ""},
-		{"cache", "save", ""}, {"listen[]", "require", ""}, {"listen[]", "client_ca", ""}, {"listen[]", "proxy_protocol", ""},
-		{"listen[]", "trust_forwarded", ""}, {"local", "hosts", ""}, {"local", "records", ""}, {"admin", "token", ""},
+		{"rules[].if", "time", ""}, {"rules[].if", "not", ""}, {"cache", "stael", "stale"}, {"cache", "pre-fetch", "prefetch"},
+		{"cache", "saves", "save"}, {"listen[]", "socket", "sockets"}, {"admin", "tokens", "token"}, {"listen[]", "require", ""}, {"listen[]", "client_ca", ""}, {"listen[]", "proxy_protocol", ""},
+		{"listen[]", "trust_forwarded", ""}, {"local", "hosts", ""}, {"local", "records", ""},
 	}
 	for _, tt := range tests {
 		if tt.want != "" {

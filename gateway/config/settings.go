@@ -68,7 +68,14 @@ func defaults(source string) *Config {
 	return &Config{
 		Source: source,
 		Access: Access{Allow: slices.Concat(loopback, private), Otherwise: Refuse},
-		Cache:  Cache{Size: 64 << 20, MaxTTL: 24 * time.Hour, NegativeMax: time.Hour},
+		Cache: Cache{
+			Size: 64 << 20, MaxTTL: 24 * time.Hour, NegativeMax: time.Hour,
+			// What RFC 8767, section 5 recommends: "a client response timer of 1.8 seconds", "a maximum stale timer of 1 to 3
+			// days", and a TTL of 30 seconds.
+			Stale:    Stale{After: 1800 * time.Millisecond, For: 24 * time.Hour, TTL: 30 * time.Second},
+			Prefetch: Prefetch{Hits: 5, Remaining: 0.1},
+			Save:     Save{Every: 5 * time.Minute},
+		},
 		Limits: Limits{
 			PrefixV4: 32,
 			PrefixV6: 56, // what one home gets, RFC 6177
@@ -106,6 +113,7 @@ func (l *loader) config(source string, root *node) *Config {
 	d.checkUpstreams()
 	d.checkRules()
 	d.checkAdmin()
+	d.checkSave()
 	if f := root.field("tls"); f != nil && !d.encrypted && !l.mistakeIn("listen") {
 		value{l: l, n: f.value, path: "tls", key: f.place}.warnf("has no effect: no listener is tls://, https:// or quic://")
 	}
@@ -198,91 +206,6 @@ func clients(s string) ([]netip.Prefix, error) {
 	}
 	p, err := parsePrefix(s)
 	return []netip.Prefix{p}, err
-}
-
-const minCache = 1 << 20 // below, the bookkeeping is more than the answers
-
-var cacheKeys = newTable("cache",
-	entry[Cache]{"size", readCacheSize},
-	entry[Cache]{"ttl", func(v value, c *Cache) {
-		t := ttlItem{Cache: c}
-		if !ttlKeys.decode(v, &t) {
-			return
-		}
-		switch {
-		case v.l.mistakeIn(v.path + "."):
-		case c.MinTTL > c.MaxTTL:
-			v.errorf("min (%s) is larger than max (%s)", formatDuration(c.MinTTL), formatDuration(c.MaxTTL))
-		case t.negative && c.NegativeMax > c.MaxTTL:
-			v.errorf("negative_max (%s) is larger than max (%s)", formatDuration(c.NegativeMax), formatDuration(c.MaxTTL))
-		case c.MinTTL > c.NegativeMax:
-			v.errorf("min (%s) is larger than negative_max (%s)", formatDuration(c.MinTTL), formatDuration(c.NegativeMax))
-		}
-	}},
-)
-
-type ttlItem struct {
-	*Cache
-	negative bool // negative_max is there
-}
-
-var ttlKeys = newTable("cache.ttl",
-	entry[ttlItem]{"min", func(v value, t *ttlItem) { v.ttl(0, &t.MinTTL) }},
-	entry[ttlItem]{"max", func(v value, t *ttlItem) {
-		v.ttl(time.Second, &t.MaxTTL)
-		if !t.negative {
-			t.NegativeMax = min(t.NegativeMax, t.MaxTTL)
-		}
-	}},
-	entry[ttlItem]{"negative_max", func(v value, t *ttlItem) {
-		t.negative = true
-		v.ttl(time.Second, &t.NegativeMax)
-	}},
-)
-
-// ttl reads a TTL of at least least into d. TTLs are whole seconds, RFC 1035, section 3.2.1.
-func (v value) ttl(least time.Duration, d *time.Duration) {
-	got, ok := v.duration(0, maxDuration)
-	switch {
-	case !ok:
-	case got < least:
-		v.errorf("%s would keep nothing; cache: off says so", quote(v.n.text))
-	case got%time.Second != 0:
-		v.errorf("%s is not a whole number of seconds, as TTLs are", quote(v.n.text))
-	default:
-		*d = got
-	}
-}
-
-// readCache reads `cache`: a mapping, or the size.
-func readCache(v value, d *draft) {
-	if v.n.kind != mapKind {
-		readCacheSize(v, &d.cfg.Cache)
-		return
-	}
-	cacheKeys.decode(v, &d.cfg.Cache)
-	if ttl, ok := v.get("ttl"); ok && d.cfg.Cache.Size == 0 {
-		ttl.warnf("has no effect: the cache is off")
-	}
-}
-
-func readCacheSize(v value, c *Cache) {
-	s, ok := v.text(wantSize)
-	if !ok {
-		return
-	}
-	if s == "off" {
-		s = "0"
-	}
-	size, err := parseSize(s)
-	switch {
-	case err != nil:
-		v.errorf("%v", err)
-	case size != 0 && size < minCache:
-		v.errorf("%s is too small; want 1MB or more, or off", quote(s))
-	default:
-		c.Size = size
-	}
 }
 
 var limitsKeys = newTable("limits",
@@ -396,17 +319,8 @@ func readOutput(v value, l *Log) {
 		v.errorf("the name of the file is empty")
 		return
 	}
-	path := v.resolve(name)
-	if info, err := v.l.disk.stat(path); err == nil && info.IsDir() {
-		v.errorf("%s is a directory, not a file", path)
-		return
-	}
-	dir := filepath.Dir(path)
-	if info, err := v.l.disk.stat(dir); err != nil {
-		v.errorf("the directory %s: %s", dir, strings.Replace(reason(err), "file", "directory", 1))
-		return
-	} else if !info.IsDir() {
-		v.errorf("%s is not a directory", dir)
+	path, ok := v.output(name)
+	if !ok {
 		return
 	}
 	if path == "stdout" || path == "stderr" {
@@ -415,8 +329,27 @@ func readOutput(v value, l *Log) {
 	l.Output = path
 }
 
+// output returns the path of a file that the program is going to write: its folder has to be there already.
+func (v value) output(name string) (path string, ok bool) {
+	path = v.resolve(name)
+	if info, err := v.l.disk.stat(path); err == nil && info.IsDir() {
+		v.errorf("%s is a directory, not a file", path)
+		return "", false
+	}
+	dir := filepath.Dir(path)
+	if info, err := v.l.disk.stat(dir); err != nil {
+		v.errorf("the directory %s: %s", dir, strings.Replace(reason(err), "file", "directory", 1))
+		return "", false
+	} else if !info.IsDir() {
+		v.errorf("%s is not a directory", dir)
+		return "", false
+	}
+	return path, true
+}
+
 var adminKeys = newTable("admin",
 	entry[Admin]{"listen", readAdminListen},
+	entry[Admin]{"token", readToken},
 )
 
 // readAdmin reads `admin`: a mapping, or the address.
@@ -426,6 +359,43 @@ func readAdmin(v value, d *draft) {
 		return
 	}
 	adminKeys.decode(v, &d.cfg.Admin)
+	if token, ok := v.get("token"); ok && !d.cfg.Admin.Listen.IsValid() && !v.l.mistakeIn(v.path) {
+		token.warnf("has no effect: the admin endpoint is off")
+	}
+}
+
+// minToken is how many characters make a token that nobody guesses: 96 bits, when it is hexadecimal.
+const minToken = 24
+
+// maxToken leaves room in a request for everything else.
+const maxToken = 4096
+
+// readToken reads a secret. It is never shown, not even when what stands here is the token itself, by mistake.
+func readToken(v value, a *Admin) {
+	s, ok := v.text("file:PATH or env:NAME")
+	if !ok {
+		return
+	}
+	if !strings.HasPrefix(s, "file:") && !strings.HasPrefix(s, "env:") {
+		v.hidden("want file:PATH or env:NAME: where the token is, and not the token itself")
+		return
+	}
+	data, from, ok := v.secret("token")
+	if !ok {
+		return
+	}
+	token := strings.TrimSpace(string(data))
+	switch {
+	case strings.ContainsFunc(token, func(r rune) bool { return r <= ' ' || r > '~' }):
+		v.errorf("%s holds more than a token, which is one line of visible ASCII characters; `openssl rand -hex 32` makes one", from)
+	case len(token) < minToken:
+		v.errorf("%s holds a token of %d characters; below %d it can be guessed; `openssl rand -hex 32` makes one", from, len(token),
+			minToken)
+	case len(token) > maxToken:
+		v.errorf("%s holds a token of %d characters; the most is %d", from, len(token), maxToken)
+	default:
+		a.Token = token
+	}
 }
 
 func readAdminListen(v value, a *Admin) {

@@ -25,9 +25,11 @@ type disk struct {
 	glob func(pattern string) ([]string, error)
 	stat func(name string) (fs.FileInfo, error)
 	real func(name string) string // one spelling for each file
+
+	writable func(path string) error // whether a file can be put there; its folder is there
 }
 
-var osDisk = disk{read: readFile, glob: filepath.Glob, stat: os.Stat, real: realName}
+var osDisk = disk{read: readFile, glob: filepath.Glob, stat: os.Stat, real: realName, writable: writable}
 
 var (
 	errDirectory  = errors.New("is a directory, not a file")

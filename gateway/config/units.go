@@ -15,6 +15,7 @@ const (
 	wantSize     = "a size such as 64MB (units: B, KB, MB, GB), or off"
 	wantRate     = "a rate such as 200/s (units: /s, /m, /h)"
 	wantNumber   = "a whole number"
+	wantPercent  = "a percentage such as 10%"
 )
 
 // splitNumber cuts s behind its leading decimal number, whose digits may have a point between them.
@@ -204,6 +205,29 @@ func (v value) number(least, most int) (int, bool) {
 		return 0, false
 	}
 	return n, true
+}
+
+// percent reads a percentage from least to most, both included, as a part of 1.
+func (v value) percent(least, most float64) (float64, bool) {
+	s, ok := v.text(wantPercent)
+	if !ok {
+		return 0, false
+	}
+	num, unit := splitNumber(s)
+	f, err := strconv.ParseFloat(num, 64)
+	switch {
+	case isNumber(s) && f > 0 && f < 1:
+		v.errorf("needs a unit; did you mean %s%%?", strconv.FormatFloat(math.Round(f*1e6)/1e4, 'f', -1, 64))
+	case isNumber(s):
+		v.errorf("needs a unit; did you mean %s%%?", s)
+	case err != nil || unit != "%":
+		v.errorf("want %s, got %s", wantPercent, quote(s))
+	case f < least || f > most:
+		v.errorf("%s is out of range; want %v%% to %v%%", quote(s), least, most)
+	default:
+		return f / 100, true
+	}
+	return 0, false
 }
 
 // boolean reads true or false.

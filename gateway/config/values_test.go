@@ -422,6 +422,14 @@ func TestSizes(t *testing.T) {
 	}
 }
 
+func lifetimes(c *Config) any {
+	return []time.Duration{c.Cache.MinTTL, c.Cache.MaxTTL, c.Cache.NegativeMax}
+}
+
+func stale(c *Config) any    { return c.Cache.Stale }
+func prefetch(c *Config) any { return c.Cache.Prefetch }
+func save(c *Config) any     { return c.Cache.Save }
+
 // TestSettings loads one text after the other and looks at one value.
 func TestSettings(t *testing.T) {
 	tests := []struct {
@@ -432,10 +440,27 @@ func TestSettings(t *testing.T) {
 		{"cache: off", func(c *Config) any { return c.Cache.Size }, int64(0)},
 		{"cache: 0", func(c *Config) any { return c.Cache.Size }, int64(0)},
 		{"cache: 1MB", func(c *Config) any { return c.Cache.Size }, int64(1 << 20)},
-		{"cache: {ttl: {max: 10s}}", func(c *Config) any { return c.Cache },
-			Cache{Size: 64 << 20, MaxTTL: 10 * time.Second, NegativeMax: 10 * time.Second}},
-		{"cache: {ttl: {negative_max: 2m, max: 5m, min: 1m}}", func(c *Config) any { return c.Cache },
-			Cache{Size: 64 << 20, MinTTL: time.Minute, MaxTTL: 5 * time.Minute, NegativeMax: 2 * time.Minute}},
+		{"cache: {ttl: {max: 10s}}", lifetimes,
+			[]time.Duration{0, 10 * time.Second, 10 * time.Second}},
+		{"cache: {ttl: {negative_max: 2m, max: 5m, min: 1m}}", lifetimes,
+			[]time.Duration{time.Minute, 5 * time.Minute, 2 * time.Minute}},
+		{"cache: 1MB", stale, Stale{After: 1800 * time.Millisecond, For: 24 * time.Hour, TTL: 30 * time.Second}},
+		{"cache: {stale: {after: 0s}}", stale, Stale{For: 24 * time.Hour, TTL: 30 * time.Second}},
+		{"cache: {stale: {for: 3d, ttl: 1s}}", stale, Stale{After: 1800 * time.Millisecond, For: 72 * time.Hour, TTL: time.Second}},
+		{"cache: {stale: off}", stale, Stale{}},
+		{"cache: {stale: {after: 1s, for: off}}", stale, Stale{}},
+		{"cache: 1MB", prefetch, Prefetch{Hits: 5, Remaining: 0.1}},
+		{"cache: {prefetch: {hits: 255, remaining: 12.5%}}", prefetch, Prefetch{Hits: 255, Remaining: 0.125}},
+		{"cache: {prefetch: off}", prefetch, Prefetch{}},
+		{"cache: 1MB", save, Save{Every: 5 * time.Minute}},
+		{"cache: {save: off}", save, Save{Every: 5 * time.Minute}},
+		{"cache: {save: cache.bin}", save, Save{File: "cache.bin", Every: 5 * time.Minute}},
+		{"cache: {save: file:pki/cache.bin}", save, Save{File: "pki/cache.bin", Every: 5 * time.Minute}},
+		{"cache: {save: {every: 10s, file: file:cache.bin}}", save, Save{File: "cache.bin", Every: 10 * time.Second}},
+		{"listen: [dns://:53, {url: dns://:54, sockets: 4}, {url: udp://:55, sockets: 256}]",
+			func(c *Config) any { return []int{c.Listen[0].Sockets, c.Listen[1].Sockets, c.Listen[2].Sockets} }, []int{0, 4, 256}},
+		{"admin: {token: env:TOKEN}", func(c *Config) any { return c.Admin.Token }, "0123456789abcdef01234567"},
+		{"admin: {listen: 127.0.0.1:82}", func(c *Config) any { return c.Admin.Token }, ""},
 		{"limits: {per_client: 200/s}", func(c *Config) any { return c.Limits.PerClient }, 200.0},
 		{"limits: {per_client: 90/m}", func(c *Config) any { return c.Limits.PerClient }, 1.5},
 		{"limits: {per_client: 3600/h}", func(c *Config) any { return c.Limits.PerClient }, 1.0},

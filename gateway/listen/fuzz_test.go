@@ -46,8 +46,7 @@ func FuzzDoH(f *testing.F) {
 	if err := c.check(); err != nil {
 		f.Fatal(err)
 	}
-	h := newDoH(context.Background(), c, defaultPath)
-	h.altSvc = `h3=":443"; ma=86400`
+	h := newDoH(context.Background(), c, defaultPath, `h3=":443"; ma=86400`)
 	statuses := []int{200, 400, 404, 405, 413, 415}
 	f.Fuzz(func(t *testing.T, method, path, rawQuery, contentType, accept string, body []byte) {
 		r := &http.Request{

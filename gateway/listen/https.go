@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -60,8 +61,12 @@ type HTTPS struct {
 	addr  net.Addr
 	limit *connLimit // of both sides together
 	// The TCP side, nil with h3 alone.
-	ln  *acceptor
-	srv *http.Server
+	ln      *acceptor
+	tls     *tls.Config
+	h2conns map[*h2Conn]struct{} // guarded by life.mu
+	wg      sync.WaitGroup       // connections before and in HTTP/2
+	srv     *http.Server         // HTTP/1.1, nil without h1
+	h1      *handover
 	// The HTTP/3 side, nil without h3.
 	udp    *net.UDPConn
 	tr     *quic.Transport
@@ -76,24 +81,27 @@ func ListenHTTPS(ctx context.Context, cfg HTTPSConfig) (*HTTPS, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &HTTPS{cfg: cfg, limit: newConnLimit(cfg.Limits)}
+	s := &HTTPS{cfg: cfg, limit: newConnLimit(cfg.Limits), h2conns: make(map[*h2Conn]struct{})}
 	ln, err := s.bind(ctx, versions["h1"] || versions["h2"], versions["h3"])
 	if err != nil {
 		return nil, err
 	}
 	s.init()
-	s.doh = newDoH(s.ctx, cfg.Common, cfg.Path)
+	altSvc := ""
+	if ln != nil {
+		s.addr = ln.Addr()
+	}
 	if s.udp != nil {
 		s.addr = s.udp.LocalAddr()
+		altSvc = fmt.Sprintf(`h3=":%d"; ma=%d`, addrPort(s.addr).Port(), altSvcAge)
+	}
+	s.doh = newDoH(s.ctx, cfg.Common, cfg.Path, altSvc)
+	if s.udp != nil {
 		s.newHTTP3()
 	}
 	if ln != nil {
-		s.addr = ln.Addr()
 		s.ln = newAcceptor(ln, s.limit, cfg.Logger)
-		s.srv = s.newServer(versions)
-		if s.udp != nil {
-			s.doh.altSvc = fmt.Sprintf(`h3=":%d"; ma=%d`, addrPort(s.addr).Port(), altSvcAge)
-		}
+		s.newTCP(versions)
 	}
 	return s, nil
 }
@@ -159,37 +167,73 @@ func (cfg *HTTPSConfig) complete() (map[string]bool, error) {
 	return versions, nil
 }
 
-// newServer returns the HTTP/1.1 and HTTP/2 server. Whatever it has to say about clients is for debugging.
-func (s *HTTPS) newServer(versions map[string]bool) *http.Server {
-	var protocols http.Protocols
+// newTCP sets up HTTP/1.1 and HTTP/2.
+func (s *HTTPS) newTCP(versions map[string]bool) {
 	var alpn []string
 	if versions["h2"] {
-		protocols.SetHTTP2(true)
-		alpn = append(alpn, "h2")
+		alpn = append(alpn, alpnHTTP2)
 	}
 	if versions["h1"] {
-		protocols.SetHTTP1(true)
 		alpn = append(alpn, "http/1.1")
+		var protocols http.Protocols
+		protocols.SetHTTP1(true)
+		s.h1 = newHandover(s.ln.Addr())
+		s.srv = &http.Server{
+			Handler:           s.doh,
+			Protocols:         &protocols,
+			ReadHeaderTimeout: headerTimeout,
+			ReadTimeout:       bodyTimeout,
+			IdleTimeout:       s.cfg.Idle,
+			MaxHeaderBytes:    maxHeader,
+			// There is no WriteTimeout, which would count the time of the upstreams too: the handler sets a deadline when
+			// it has something to write. Whatever the server has to say about clients is for debugging.
+			ErrorLog: slog.NewLogLogger(s.cfg.Logger.Handler(), slog.LevelDebug),
+		}
 	}
-	return &http.Server{
-		Handler:           s.doh,
-		TLSConfig:         serverTLS(s.cfg.TLS, alpn...),
-		Protocols:         &protocols,
-		ReadHeaderTimeout: headerTimeout,
-		ReadTimeout:       bodyTimeout,
-		IdleTimeout:       s.cfg.Idle,
-		MaxHeaderBytes:    maxHeader,
-		// There is no WriteTimeout, which would count the time of the upstreams too: the handler sets a deadline when it
-		// has something to write.
-		HTTP2: &http.HTTP2Config{
-			MaxConcurrentStreams:          maxStreams,
-			MaxReceiveBufferPerStream:     streamWindow,
-			MaxReceiveBufferPerConnection: connWindow,
-			WriteByteTimeout:              writeTimeout,
-		},
-		ErrorLog: slog.NewLogLogger(s.cfg.Logger.Handler(), slog.LevelDebug),
+	s.tls = serverTLS(s.cfg.TLS, alpn...)
+}
+
+const alpnHTTP2 = "h2" // RFC 9113, section 3.1
+
+// handover is a net.Listener for connections that somebody else has accepted.
+type handover struct {
+	addr  net.Addr
+	conns chan net.Conn
+	once  sync.Once
+	stop  chan struct{}
+}
+
+func newHandover(addr net.Addr) *handover {
+	return &handover{addr: addr, conns: make(chan net.Conn), stop: make(chan struct{})}
+}
+
+// give hands nc over, or closes it when the listener is closed.
+func (h *handover) give(nc net.Conn) {
+	select {
+	case h.conns <- nc:
+	case <-h.stop:
+		_ = nc.Close()
 	}
 }
+
+// Accept implements net.Listener.
+func (h *handover) Accept() (net.Conn, error) {
+	select {
+	case nc := <-h.conns:
+		return nc, nil
+	case <-h.stop:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close implements net.Listener.
+func (h *handover) Close() error {
+	h.once.Do(func() { close(h.stop) })
+	return nil
+}
+
+// Addr implements net.Listener.
+func (h *handover) Addr() net.Addr { return h.addr }
 
 // newHTTP3 sets up the HTTP/3 server on s.udp.
 func (s *HTTPS) newHTTP3() {
@@ -216,14 +260,15 @@ func (s *HTTPS) Addr() net.Addr { return s.addr }
 // Name implements Server.
 func (s *HTTPS) Name() string { return s.cfg.Name }
 
-// Serve implements Server. The goroutines of idle connections, which belong to the HTTP libraries, end a moment later.
+// Serve implements Server. The goroutines of idle HTTP/1.1 and HTTP/3 connections, which belong to libraries, end a moment
+// later.
 func (s *HTTPS) Serve() error {
 	if !s.begin() {
 		return nil
 	}
 	defer s.end()
 	var sides errgroup.Group
-	if s.srv != nil {
+	if s.ln != nil {
 		sides.Go(func() error { return s.side(s.serveTCP) })
 	}
 	if s.h3 != nil {
@@ -246,15 +291,64 @@ func (s *HTTPS) side(serve func() error) error {
 
 // serveTCP serves HTTP/1.1 and HTTP/2 until Shutdown, and then drains.
 func (s *HTTPS) serveTCP() error {
-	err := s.srv.ServeTLS(s.ln, "", "")
-	if !s.halted() {
-		return err
+	defer s.wg.Wait()
+	var h1 sync.WaitGroup
+	defer h1.Wait()
+	if s.srv != nil {
+		h1.Go(func() { _ = s.srv.Serve(s.h1) })
 	}
-	ctx, cancel := s.patience()
-	defer cancel()
-	_ = s.srv.Shutdown(ctx) // GOAWAY, then the end of what is idle
-	_ = s.srv.Close()
+	shaking, cancel := context.WithCancel(s.ctx)
+	for {
+		nc, err := s.ln.Accept()
+		if err != nil {
+			break
+		}
+		s.wg.Go(func() { s.serveConn(shaking, nc) })
+	}
+	cancel() // nothing was asked yet
+	if !s.halted() {
+		s.closeTCP()
+		return net.ErrClosed
+	}
+	for _, c := range s.allH2() {
+		s.wg.Go(c.drain)
+	}
+	if s.srv != nil {
+		ctx, cancel := s.patience()
+		defer cancel()
+		_ = s.srv.Shutdown(ctx) // the end of what is idle
+		_ = s.srv.Close()
+	}
 	return nil
+}
+
+// serveConn makes the handshake, until ctx is done, and gives the connection to who speaks its protocol. One without ALPN is
+// HTTP/1.1.
+func (s *HTTPS) serveConn(ctx context.Context, nc net.Conn) {
+	conn := tls.Server(nc, s.tls)
+	ctx, cancel := context.WithTimeout(ctx, headerTimeout)
+	err := conn.HandshakeContext(ctx)
+	cancel()
+	switch {
+	case err != nil:
+		s.cfg.Logger.Debug("TLS handshake", "client", addrPort(nc.RemoteAddr()), "err", err)
+		_ = nc.Close()
+	case conn.ConnectionState().NegotiatedProtocol == alpnHTTP2:
+		c := s.startH2(conn)
+		if c == nil {
+			_ = nc.Close()
+			return
+		}
+		c.arm(false)
+		c.serve()
+		s.mu.Lock()
+		delete(s.h2conns, c)
+		s.mu.Unlock()
+	case s.h1 != nil:
+		s.h1.give(conn)
+	default:
+		_ = nc.Close()
+	}
 }
 
 // serveHTTP3 does the same for HTTP/3. Shutdown of the library is called when nothing accepts connections any more: a
@@ -326,7 +420,13 @@ func (s *HTTPS) Shutdown(ctx context.Context) error {
 }
 
 func (s *HTTPS) closeTCP() {
+	if s.ln != nil {
+		_ = s.ln.Close()
+	}
 	if s.srv != nil {
 		_ = s.srv.Close()
+	}
+	for _, c := range s.allH2() {
+		_ = c.raw.Close()
 	}
 }

@@ -187,38 +187,43 @@ func TestDoH(t *testing.T) {
 	altSvc := fmt.Sprintf(`h3=":%d"; ma=86400`, addrPort(s.Addr()).Port())
 	for _, version := range []string{"h1", "h2", "h3"} {
 		client := httpClient(t, version)
-		for _, tt := range tests {
-			t.Run(version+"/"+tt.name, func(t *testing.T) {
-				resp, body, err := tt.req.do(t, client, s.Addr())
-				if err != nil {
-					t.Fatal(err)
-				}
-				want := plus(tt.header, "Alt-Svc", altSvc)
-				if version == "h3" {
-					want["Alt-Svc"] = ""
-				}
-				got := map[string]string{}
-				for k := range want {
-					got[k] = resp.Header.Get(k)
-				}
-				if resp.StatusCode != tt.status {
-					t.Errorf("got status %d, want %d: %s", resp.StatusCode, tt.status, body)
-				}
-				if d := cmp.Diff(got, want); d != "" {
-					t.Error(d)
-				}
-				if resp.Header.Get("Content-Length") == "" {
-					t.Error("no Content-Length")
-				}
-				if tt.req.method == "HEAD" && len(body) == 0 || tt.status != 200 {
-					return
-				}
-				var m dns.Msg
-				if err := m.Unpack(body); err != nil || m.Rcode != tt.rcode {
-					t.Errorf("got %v, %v, want rcode %d", &m, err, tt.rcode)
-				}
-			})
-		}
+		testDoH(t, client, s.Addr(), tests, version, altSvc)
+	}
+}
+
+// testDoH sends the requests of dohTests.
+func testDoH(t *testing.T, client *http.Client, addr net.Addr, tests []dohTest, version, altSvc string) {
+	for _, tt := range tests {
+		t.Run(version+"/"+tt.name, func(t *testing.T) {
+			resp, body, err := tt.req.do(t, client, addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := plus(tt.header, "Alt-Svc", altSvc)
+			if version == "h3" {
+				want["Alt-Svc"] = ""
+			}
+			got := map[string]string{}
+			for k := range want {
+				got[k] = resp.Header.Get(k)
+			}
+			if resp.StatusCode != tt.status {
+				t.Errorf("got status %d, want %d: %s", resp.StatusCode, tt.status, body)
+			}
+			if d := cmp.Diff(got, want); d != "" {
+				t.Error(d)
+			}
+			if resp.Header.Get("Content-Length") == "" {
+				t.Error("no Content-Length")
+			}
+			if tt.req.method == "HEAD" && len(body) == 0 || tt.status != 200 {
+				return
+			}
+			var m dns.Msg
+			if err := m.Unpack(body); err != nil || m.Rcode != tt.rcode {
+				t.Errorf("got %v, %v, want rcode %d", &m, err, tt.rcode)
+			}
+		})
 	}
 }
 

@@ -34,9 +34,9 @@ var (
 // jsonUDPSize is what our queries offer; over HTTP it means nothing, but the field has to have a value.
 const jsonUDPSize = 1232
 
-// acceptsJSON reports whether the client asked for JSON by name.
-func acceptsJSON(header http.Header) bool {
-	for _, line := range header.Values("Accept") {
+// acceptsJSON reports whether the client asked for JSON by name in one of its Accept fields.
+func acceptsJSON(accept []string) bool {
+	for _, line := range accept {
 		for part := range strings.SplitSeq(line, ",") {
 			media, _, _ := mime.ParseMediaType(part)
 			if media == mediaJSON {
@@ -48,7 +48,7 @@ func acceptsJSON(header http.Header) bool {
 }
 
 // jsonQuery appends the query that params ask for to dst.
-func jsonQuery(dst []byte, params url.Values) ([]byte, error) {
+func jsonQuery(dst []byte, params url.Values) ([]byte, *refusal) {
 	for _, key := range [...]string{"name", "type", "do", "cd"} {
 		if len(params[key]) > 1 {
 			return dst, errJSONTwice
@@ -74,14 +74,14 @@ func jsonQuery(dst []byte, params url.Values) ([]byte, error) {
 	m := &dns.Msg{MsgHdr: dns.MsgHdr{RecursionDesired: true, AuthenticatedData: true, CheckingDisabled: cd}}
 	m.Question = []dns.Question{{Name: name, Qtype: qtype, Qclass: dns.ClassINET}}
 	m.SetEdns0(jsonUDPSize, do) // also without DO, for the extended errors
-	packed, err := m.Pack()
-	if err != nil {
+	packed, perr := m.Pack()
+	if perr != nil {
 		return dst, errJSONName
 	}
 	return append(dst, packed...), nil
 }
 
-func jsonName(s string) (string, error) {
+func jsonName(s string) (string, *refusal) {
 	for _, c := range []byte(s) {
 		if c <= ' ' || c > '~' {
 			return "", errJSONName
@@ -96,7 +96,7 @@ func jsonName(s string) (string, error) {
 	return dns.Fqdn(s), nil
 }
 
-func jsonType(s string) (uint16, error) {
+func jsonType(s string) (uint16, *refusal) {
 	if s == "" {
 		return dns.TypeA, nil
 	}
@@ -111,7 +111,7 @@ func jsonType(s string) (uint16, error) {
 	return uint16(n), nil
 }
 
-func jsonSwitch(s string) (bool, error) {
+func jsonSwitch(s string) (bool, *refusal) {
 	switch strings.ToLower(s) {
 	case "", "0", "false":
 		return false, nil
@@ -133,7 +133,7 @@ type jsonMessage struct {
 	Answer    []jsonRecord `json:",omitempty"`
 	Authority []jsonRecord `json:",omitempty"`
 	Comment   []string     `json:",omitempty"`
-	Errors    []jsonError  `json:"extended_dns_errors,omitempty"`
+	Errors    []jsonEDE    `json:"extended_dns_errors,omitempty"`
 }
 
 type jsonQuestion struct {
@@ -148,7 +148,7 @@ type jsonRecord struct {
 	Data string `json:"data"` // RDATA in presentation form
 }
 
-type jsonError struct {
+type jsonEDE struct {
 	Code uint16 `json:"info_code"`
 	Text string `json:"extra_text,omitempty"`
 }
@@ -169,7 +169,7 @@ func jsonResponse(msg []byte) ([]byte, error) {
 	if opt := m.IsEdns0(); opt != nil {
 		for _, o := range opt.Option {
 			if e, ok := o.(*dns.EDNS0_EDE); ok {
-				j.Errors = append(j.Errors, jsonError{Code: e.InfoCode, Text: e.ExtraText})
+				j.Errors = append(j.Errors, jsonEDE{Code: e.InfoCode, Text: e.ExtraText})
 				j.Comment = append(j.Comment, jsonComment(e))
 			}
 		}
@@ -210,12 +210,10 @@ func rdata(rr dns.RR) string {
 	return fields[4]
 }
 
-// refuseJSON sends an HTTP error as JSON.
-func (h *doh) refuseJSON(w http.ResponseWriter, e *refusal) {
+// jsonError is the body of an HTTP error.
+func jsonError(e *refusal) []byte {
 	body, _ := json.Marshal(struct {
 		Error string `json:"error"`
 	}{e.text})
-	w.Header().Set("Content-Type", mediaJSON)
-	refuseHeader(w.Header(), e)
-	h.write(w, e.status, body)
+	return body
 }

@@ -6,8 +6,8 @@
 // miss Resolve. Padding, truncation and EDNS options are the Handler's work, so that policy exists once.
 //
 // What surprises a newcomer: ServeWire runs on the goroutine that read the query, because it never waits; only misses
-// get a goroutine of their own. ([HTTPS] and [QUIC] have one per request anyway.) And constructors bind but start nothing:
-// clients wait in the kernel until Serve.
+// get a goroutine of their own. (HTTP/1.1, HTTP/3 and [QUIC] have one per request anyway; HTTP/2 is our own.) And constructors
+// bind but start nothing: clients wait in the kernel until Serve.
 package listen
 
 import (
@@ -192,8 +192,12 @@ func bindTCP(ctx context.Context, addr netip.AddrPort) (net.Listener, error) {
 
 // bindUDP binds with large socket buffers: a burst waits in the kernel instead of being lost. The system may give less.
 func bindUDP(ctx context.Context, addr netip.AddrPort) (*net.UDPConn, error) {
+	return listenUDP(ctx, new(net.ListenConfig), addr)
+}
+
+func listenUDP(ctx context.Context, lc *net.ListenConfig, addr netip.AddrPort) (*net.UDPConn, error) {
 	network, host := target("udp", addr)
-	pc, err := new(net.ListenConfig).ListenPacket(ctx, network, host)
+	pc, err := lc.ListenPacket(ctx, network, host)
 	if err != nil {
 		return nil, &BindError{Network: "udp", Addr: addr, Err: err}
 	}

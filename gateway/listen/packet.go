@@ -8,7 +8,6 @@ import (
 	"os"
 	"runtime"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"dnsgateway/gateway/wire"
@@ -21,50 +20,99 @@ const (
 	maxDatagram = 4096
 	// defaultInflight is the number of cache misses that one UDP listener resolves at once.
 	defaultInflight = 10000
+	// maxSockets bounds PacketConfig.Sockets: more than any machine has cores gain nothing.
+	maxSockets = 1024
 	// readPause is the longest pause after errors. The socket's buffer holds what comes meanwhile, and errors that a
 	// client can cause must not silence the listener.
 	readPause = 10 * time.Millisecond
-	// maxReaders is how many goroutines read one socket. They take turns in the kernel, so more than a few gain nothing.
-	maxReaders = 4
+	// batchSize is how many datagrams one system call moves at most. Measured on loopback, a datagram of a batch of 8 costs
+	// 8 % more than one of 32, of 16 3 % more, and of 64 1 % less, which is not worth that the first answer waits longer.
+	batchSize = 32
+	// maxUnsentAnswers is how many answers to misses may wait for one socket. Sending never takes long (see sender), so
+	// this is not reached before the network is gone.
+	maxUnsentAnswers = 1024
 )
 
 // PacketConfig configures a UDP listener.
 type PacketConfig struct {
 	Common
-	// Inflight is the number of queries that may be in Resolve at once; a miss beyond it is dropped without an answer.
-	// 10000 by default.
+	// Inflight is the number of queries that may be in Resolve at once. As many more may wait for their turn, which
+	// doubles the time that an answer takes at worst; beyond that the miss that has waited longest is shed without an
+	// answer. 10000 by default.
 	Inflight int
+	// Sockets is how many sockets share the port, each read by a goroutine of its own; one for each of GOMAXPROCS by
+	// default. The kernel chooses by the client's address and port. Only Linux can do that: elsewhere there is one socket,
+	// and Sockets is how many goroutines read it, 4 at most by default, because they take turns in the kernel.
+	Sockets int
+
+	// plain asks for the plain loop where there are batches, for tests.
+	plain bool
 }
 
 // Packet is a plain UDP listener. The Handler keeps responses within the client's size.
 type Packet struct {
-	cfg  PacketConfig
-	conn *net.UDPConn
-	addr *net.UDPAddr
+	cfg     PacketConfig
+	sockets []*socket
+	addr    *net.UDPAddr
 	// local is the bound address if it is a specific one. On a wildcard bind it is the zero value: then each datagram
 	// carries the address that it was sent to, and the answer leaves from there.
 	local netip.AddrPort
 	info  packetInfo
 	port  uint16
 
-	pool   sync.Pool // of *packet
-	misses atomic.Int64
-	wg     sync.WaitGroup // readers and misses
+	misses missQueue
+	pool   sync.Pool // of *pending
 	life
 }
 
-// packet is one datagram with everything that its answer needs. It belongs to one goroutine at a time: the reader that
-// filled it, or the miss that it was handed to.
-type packet struct {
-	in   [maxDatagram + 1]byte // one more, so that a longer datagram shows
-	oob  [oobSize]byte
-	out  []byte
-	from netip.AddrPort // as the socket spells it: mapped on a dual-stack socket
-	info []byte         // the control message of the answer; aliases oob
-	q    wire.Query
+// socket is one of the listener's sockets, and the way out for the answers to the misses that came in by it.
+type socket struct {
+	l    *Packet
+	conn *net.UDPConn
+
+	mu      sync.Mutex
+	sending bool       // a worker sends what is in ready
+	ready   []*pending // answered, waiting for that worker
+	spare   []*pending // the memory of ready, while its former content is being sent
+	answers []answer
+	tx      sender
 }
 
-// ListenPacket binds a UDP socket. Nothing is read before Serve.
+// origin is where a datagram came from, and so where its answer goes.
+type origin struct {
+	addr netip.AddrPort // as the socket spells it: mapped on a dual-stack socket
+	name sockaddr       // the same as the kernel wrote it; the plain loop leaves it empty
+	info []byte         // the control message that makes the answer leave from the address that was asked; or nil
+}
+
+// packet is one datagram that was read.
+type packet struct {
+	origin  // info aliases oob
+	n, oobn int
+	in      [maxDatagram + 1]byte // one more, so that a longer datagram shows
+	oob     [oobSize]byte
+}
+
+// answer is one datagram to be sent.
+type answer struct {
+	to  *origin
+	msg []byte
+}
+
+// receiver reads a socket for one goroutine.
+type receiver interface {
+	// receive waits for datagrams and returns those that are there, a batch at most. They are valid until the next call.
+	receive() ([]packet, error)
+}
+
+// sender writes to a socket for one goroutine at a time.
+type sender interface {
+	// send sends answers. One that cannot be sent is lost, as others are on their way, and the client asks again; the
+	// others leave. It does not wait for long and keeps nothing of answers.
+	send(answers []answer)
+}
+
+// ListenPacket binds the UDP sockets. Nothing is read before Serve.
 func ListenPacket(ctx context.Context, cfg PacketConfig) (*Packet, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
@@ -75,20 +123,35 @@ func ListenPacket(ctx context.Context, cfg PacketConfig) (*Packet, error) {
 	if cfg.Inflight == 0 {
 		cfg.Inflight = defaultInflight
 	}
-	conn, err := bindUDP(ctx, cfg.Addr)
+	if cfg.Sockets < 0 || cfg.Sockets > maxSockets {
+		return nil, errors.New("number of sockets out of range")
+	}
+	if cfg.Sockets == 0 {
+		cfg.Sockets = defaultSockets()
+	}
+	conns, err := bindPacket(ctx, cfg.Addr, cfg.Sockets)
 	if err != nil {
 		return nil, err
 	}
-	l := &Packet{cfg: cfg, conn: conn, addr: conn.LocalAddr().(*net.UDPAddr)}
-	l.pool.New = func() any { return &packet{out: make([]byte, 0, maxDatagram)} }
+	l := &Packet{cfg: cfg, addr: conns[0].LocalAddr().(*net.UDPAddr)}
+	l.pool.New = func() any { return &pending{out: make([]byte, 0, wire.MinUDPSize)} }
+	l.misses.init(cfg.Inflight, l.resolve, l.recycle)
+	if !cfg.plain && !canBatch(conns[0]) {
+		l.cfg.plain = true
+	}
 	local := l.addr.AddrPort()
 	l.port = local.Port()
-	if local.Addr().Unmap().IsUnspecified() {
-		if err := l.info.enable(conn, local.Addr().Is4()); err != nil {
-			cfg.Logger.Warn("answers may leave from another address than the one that was asked", "err", err)
-		}
-	} else {
+	wildcard := local.Addr().Unmap().IsUnspecified()
+	if !wildcard {
 		l.local = unmap(local)
+	}
+	for _, conn := range conns {
+		if wildcard {
+			if err := l.info.enable(conn, local.Addr().Is4()); err != nil {
+				cfg.Logger.Warn("answers may leave from another address than the one that was asked", "err", err)
+			}
+		}
+		l.sockets = append(l.sockets, &socket{l: l, conn: conn, tx: l.newSender(conn)})
 	}
 	l.init()
 	return l, nil
@@ -100,17 +163,24 @@ func (l *Packet) Addr() net.Addr { return l.addr }
 // Name implements Server.
 func (l *Packet) Name() string { return l.cfg.Name }
 
+// Shed returns how many misses were given up because too many others were being resolved: those that were pushed out of
+// the queue, and those whose client will have given up before.
+func (l *Packet) Shed() uint64 { return l.misses.shed.Load() }
+
 // Serve implements Server.
 func (l *Packet) Serve() error {
 	if !l.begin() {
 		return nil
 	}
 	defer l.end()
-	for range min(runtime.GOMAXPROCS(0), maxReaders) {
-		l.wg.Go(l.read)
+	var readers sync.WaitGroup
+	for lane := range max(l.cfg.Sockets, len(l.sockets)) {
+		r := l.newReader(lane)
+		readers.Go(r.read)
 	}
-	l.wg.Wait()
-	_ = l.conn.Close() // nothing is left to write
+	readers.Wait()
+	l.misses.finish()
+	l.close() // nothing is left to write
 	if !l.halted() {
 		return net.ErrClosed
 	}
@@ -121,89 +191,196 @@ func (l *Packet) Serve() error {
 func (l *Packet) Shutdown(ctx context.Context) error {
 	first, serving := l.halt()
 	if !serving {
-		_ = l.conn.Close()
+		l.close()
 		return nil
 	}
 	if first {
-		_ = l.conn.SetReadDeadline(time.Now().Add(drainRead))
+		until := time.Now().Add(drainRead)
+		for _, s := range l.sockets {
+			_ = s.conn.SetReadDeadline(until)
+		}
 	}
-	return l.wait(ctx, func() { _ = l.conn.Close() })
+	return l.wait(ctx, l.close)
 }
 
-// read takes datagrams until Shutdown. A hit is answered from here with the same buffers again and again.
-func (l *Packet) read() {
+func (l *Packet) close() {
+	for _, s := range l.sockets {
+		_ = s.conn.Close()
+	}
+}
+
+func (l *Packet) newReceiver(conn *net.UDPConn) receiver {
+	if l.cfg.plain {
+		return newPlainReceiver(conn)
+	}
+	return newBatchReceiver(conn, !l.local.IsValid())
+}
+
+func (l *Packet) newSender(conn *net.UDPConn) sender {
+	if l.cfg.plain {
+		return &plainSender{conn: conn, log: l.cfg.Logger}
+	}
+	return newBatchSender(conn, l.cfg.Logger)
+}
+
+// reader is one goroutine that reads a socket, and all that it needs to answer hits. It uses the same memory again and
+// again.
+type reader struct {
+	s       *socket
+	rx      receiver
+	tx      sender // not the socket's: a hit never waits for another goroutine
+	lane    uint8
+	q       wire.Query
+	out     []byte // holds the messages of answers, one behind the other
+	answers []answer
+}
+
+func (l *Packet) newReader(lane int) *reader {
+	s := l.sockets[lane%len(l.sockets)]
+	return &reader{
+		s: s, rx: l.newReceiver(s.conn), tx: l.newSender(s.conn), lane: uint8(lane),
+		// What is not used of it costs nothing: the system gives memory when it is touched.
+		out: make([]byte, 0, batchSize*maxDatagram), answers: make([]answer, 0, batchSize),
+	}
+}
+
+// read takes datagrams until Shutdown.
+func (r *reader) read() {
+	l := r.s.l
 	b := backoff{longest: readPause}
-	p := l.pool.Get().(*packet)
 	for {
-		n, oobn, _, from, err := l.conn.ReadMsgUDPAddrPort(p.in[:], p.oob[:])
-		if err != nil {
-			if errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) && l.halted() {
-				l.pool.Put(p)
-				return
-			}
+		packets, err := r.rx.receive()
+		switch {
+		case err == nil:
+			b.reset()
+			r.serve(packets)
+		case errors.Is(err, os.ErrDeadlineExceeded) && l.halted():
+			return
+		case errors.Is(err, net.ErrClosed):
+			l.close() // if it was not us, then the others must not go on as if all were well
+			return
+		default:
 			// ECONNREFUSED and EMSGSIZE are about one datagram, ENOBUFS and ENOMEM about a moment.
 			b.pause(l.stop, l.cfg.Logger, "cannot read datagrams", err)
-			continue
-		}
-		b.reset()
-		p.from = from
-		if !l.serve(p, n, oobn) {
-			p = l.pool.Get().(*packet)
 		}
 	}
 }
 
-// serve answers the datagram in p and reports whether p may be used again: a miss takes it away.
-func (l *Packet) serve(p *packet, n, oobn int) (keep bool) {
-	q := &p.q
-	q.Received = time.Now().UnixNano()
-	q.Client, q.Transport, q.Listener = unmap(p.from), wire.UDP, l.cfg.Name
+// serve answers the hits among packets, all at once, and hands the misses on. The clock is read once: what one system
+// call brought had been received when it returned, and that is as much as can be known of each.
+func (r *reader) serve(packets []packet) {
+	now := time.Now().UnixNano()
+	r.out, r.answers = r.out[:0], r.answers[:0]
+	for i := range packets {
+		r.serveOne(&packets[i], now)
+	}
+	if len(r.answers) > 0 {
+		r.tx.send(r.answers)
+	}
+}
+
+func (r *reader) serveOne(p *packet, now int64) {
+	l, q := r.s.l, &r.q
+	q.Client, q.Transport, q.Listener, q.Received, q.Lane = unmap(p.addr), wire.UDP, l.cfg.Name, now, r.lane
 	q.Local, p.info = l.local, nil
 	if !q.Local.IsValid() {
 		var to netip.Addr
-		to, p.info = l.info.read(p.oob[:oobn])
+		to, p.info = l.info.read(p.oob[:p.oobn])
 		q.Local = netip.AddrPortFrom(to, l.port)
 	}
-	if n > maxDatagram {
-		n = wire.HeaderLen
+	in := p.in[:p.n]
+	if p.n > maxDatagram {
+		in = in[:wire.HeaderLen]
 	}
-	q.Parse(p.in[:n])
-	out, verdict := l.cfg.serveWire(p.out[:0], q)
-	switch verdict {
-	case wire.Answered:
-		l.send(p, out)
-	case wire.Miss:
-		if l.misses.Add(1) > int64(l.cfg.Inflight) {
-			l.misses.Add(-1)
-			return true
+	q.Parse(in)
+	at := len(r.out)
+	out, verdict := l.cfg.serveWire(r.out[at:], q)
+	switch {
+	case verdict == wire.Miss:
+		l.misses.add(l.newMiss(r.s, p, in, q))
+	case verdict == wire.Answered && len(out) > 0:
+		r.answers = append(r.answers, answer{&p.origin, out})
+		if len(out) <= cap(r.out)-at { // else it has been given memory of its own
+			r.out = r.out[:at+len(out)]
 		}
-		l.wg.Add(1)
-		go l.resolve(p)
-		return false
 	}
-	return true
 }
 
-// resolve answers the miss in p, which it owns.
-func (l *Packet) resolve(p *packet) {
-	defer l.wg.Done()
-	defer l.misses.Add(-1)
-	if out, err := l.cfg.resolve(l.ctx, p.out[:0], &p.q); err == nil {
-		l.send(p, out)
-	}
-	l.pool.Put(p)
+// pending is a query that Resolve has to answer, with memory of its own.
+type pending struct {
+	s    *socket
+	to   origin
+	oob  [oobSize]byte // holds to.info
+	in   []byte
+	out  []byte
+	q    wire.Query
+	resp []byte // the answer; aliases out unless it is a giant
 }
 
-// send writes out to p's client and keeps a buffer that has grown.
-func (l *Packet) send(p *packet, out []byte) {
+// newMiss copies what the reader will use again.
+func (l *Packet) newMiss(s *socket, p *packet, in []byte, q *wire.Query) *pending {
+	m := l.pool.Get().(*pending)
+	m.s, m.to = s, p.origin
+	m.to.info = m.oob[:copy(m.oob[:], p.info)]
+	m.in = append(m.in[:0], in...)
+	m.q = *q
+	m.q.Parse(m.in)
+	return m
+}
+
+// recycle takes back a miss that nobody uses any more.
+func (l *Packet) recycle(m *pending) { l.pool.Put(m) }
+
+// resolve answers a miss, which it owns, on a worker.
+func (l *Packet) resolve(m *pending) {
+	out, err := l.cfg.resolve(l.ctx, m.out[:0], &m.q)
 	if cap(out) <= keepBuffer {
-		p.out = out[:0]
+		m.out = out[:0]
 	}
-	if len(out) == 0 {
+	if err != nil || len(out) == 0 {
+		l.recycle(m)
 		return
 	}
-	// A datagram that cannot be sent is lost, as others are on their way: the client asks again.
-	if _, _, err := l.conn.WriteMsgUDPAddrPort(out, p.info, p.from); err != nil {
-		l.cfg.Logger.Debug("cannot send an answer", "client", p.from, "err", err)
+	m.resp = out
+	m.s.post(m)
+}
+
+// post sends the answer of m, or leaves it to the worker that is sending by the same socket: then several leave at once.
+func (s *socket) post(m *pending) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.ready) == maxUnsentAnswers {
+		m.resp = nil
+		s.l.recycle(m)
+		return
 	}
+	s.ready = append(s.ready, m)
+	if s.sending {
+		return
+	}
+	s.sending = true
+	// What an upstream's connection brings at once makes many workers ready at once: those that can run have their turn
+	// before the answers leave. With nobody else to run that is at once; 64 that were ready together took 2 to 7 calls
+	// instead of 64, and bursts of 32 took 13 % less CPU on one core, 2 % on two.
+	s.mu.Unlock()
+	runtime.Gosched()
+	s.mu.Lock()
+	for len(s.ready) > 0 {
+		batch := s.ready
+		s.ready = s.spare[:0]
+		s.mu.Unlock()
+		s.answers = s.answers[:0]
+		for _, m := range batch {
+			s.answers = append(s.answers, answer{&m.to, m.resp})
+		}
+		s.tx.send(s.answers)
+		clear(s.answers)
+		for i, m := range batch {
+			batch[i], m.resp = nil, nil
+			s.l.recycle(m)
+		}
+		s.mu.Lock()
+		s.spare = batch[:0]
+	}
+	s.sending = false
 }

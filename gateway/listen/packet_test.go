@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -57,9 +58,17 @@ func readMsg(t testing.TB, c net.Conn) *dns.Msg {
 	return m
 }
 
-func TestPacket(t *testing.T) {
+// loops runs a test over both ways to move datagrams, which are one where there are no batches.
+func loops(t *testing.T, test func(t *testing.T, plain bool)) {
+	t.Run("batch", func(t *testing.T) { test(t, false) })
+	t.Run("plain", func(t *testing.T) { test(t, true) })
+}
+
+func TestPacket(t *testing.T) { loops(t, testPacket) }
+
+func testPacket(t *testing.T, plain bool) {
 	h := newFake()
-	l := listenPacket(t, PacketConfig{Common: common(h)})
+	l := listenPacket(t, PacketConfig{Common: common(h), plain: plain})
 	for _, name := range []string{"hit.test.", "miss.test."} {
 		client := &dns.Client{Net: "udp"}
 		got, _, err := client.Exchange(new(dns.Msg).SetQuestion(name, dns.TypeA), l.Addr().String())
@@ -75,9 +84,11 @@ func TestPacket(t *testing.T) {
 	}
 }
 
-func TestPacketQueryFields(t *testing.T) {
+func TestPacketQueryFields(t *testing.T) { loops(t, testPacketQueryFields) }
+
+func testPacketQueryFields(t *testing.T, plain bool) {
 	h := newFake()
-	l := listenPacket(t, PacketConfig{Common: common(h)})
+	l := listenPacket(t, PacketConfig{Common: common(h), plain: plain})
 	c := dial(t, l.Addr().String())
 	before := time.Now().UnixNano()
 	send(t, c, query(t, "hit", 7))
@@ -100,7 +111,9 @@ func TestPacketQueryFields(t *testing.T) {
 }
 
 // TestPacketWildcard asks a wildcard socket by several addresses, with clients that take answers from no other.
-func TestPacketWildcard(t *testing.T) {
+func TestPacketWildcard(t *testing.T) { loops(t, testPacketWildcard) }
+
+func testPacketWildcard(t *testing.T, plain bool) {
 	tests := []struct {
 		bind string
 		ask  []string
@@ -113,7 +126,7 @@ func TestPacketWildcard(t *testing.T) {
 		for _, name := range []string{"hit", "miss"} {
 			t.Run(tt.bind+" "+name, func(t *testing.T) {
 				h := newFake()
-				cfg := PacketConfig{Common: common(h)}
+				cfg := PacketConfig{Common: common(h), plain: plain}
 				cfg.Addr = netip.MustParseAddrPort(tt.bind)
 				l := listenPacket(t, cfg)
 				port := addrPort(l.Addr()).Port()
@@ -137,9 +150,11 @@ func TestPacketWildcard(t *testing.T) {
 	}
 }
 
-func TestPacketSlowHoldsNobody(t *testing.T) {
+func TestPacketSlowHoldsNobody(t *testing.T) { loops(t, testPacketSlowHoldsNobody) }
+
+func testPacketSlowHoldsNobody(t *testing.T, plain bool) {
 	h := newFake()
-	l := listenPacket(t, PacketConfig{Common: common(h)})
+	l := listenPacket(t, PacketConfig{Common: common(h), plain: plain})
 	c := dial(t, l.Addr().String())
 	send(t, c, query(t, "slow", 1))
 	receive(t, h.waiting)
@@ -155,33 +170,52 @@ func TestPacketSlowHoldsNobody(t *testing.T) {
 	}
 }
 
-func TestPacketInflight(t *testing.T) {
+// TestPacketOverload fills the workers and the queue behind them: the oldest miss that waits is shed, and no hit is.
+func TestPacketOverload(t *testing.T) { loops(t, testPacketOverload) }
+
+func testPacketOverload(t *testing.T, plain bool) {
 	h := newFake()
-	l := listenPacket(t, PacketConfig{Common: common(h), Inflight: 1})
+	l := listenPacket(t, PacketConfig{Common: common(h), Inflight: 2, Sockets: 1, plain: plain})
 	c := dial(t, l.Addr().String())
-	send(t, c, query(t, "slow", 1))
-	receive(t, h.waiting)
-	send(t, c, query(t, "miss", 2)) // dropped: nothing comes for it
-	send(t, c, query(t, "hit", 3))
-	if m := readMsg(t, c); m.Id != 3 {
-		t.Fatalf("got answer %d, want 3", m.Id)
+	for id := range 2 {
+		send(t, c, query(t, "slow", uint16(id)))
+		receive(t, h.waiting)
+	}
+	for id := 10; id < 15; id++ {
+		send(t, c, query(t, "miss", uint16(id)))
+		send(t, c, query(t, "hit", uint16(100+id)))
+	}
+	for id := 10; id < 15; id++ {
+		if m := readMsg(t, c); m.Id != uint16(100+id) {
+			t.Fatalf("got answer %d, want the hit %d", m.Id, 100+id)
+		}
+	}
+	if n := l.Shed(); n != 3 {
+		t.Errorf("%d misses are shed, want 3", n)
 	}
 	close(h.gate)
-	if m := readMsg(t, c); m.Id != 1 {
-		t.Fatalf("got answer %d, want 1", m.Id)
+	var got []int
+	for range 4 {
+		got = append(got, int(readMsg(t, c).Id))
 	}
-	for l.misses.Load() != 0 {
-		<-time.After(time.Millisecond)
+	slices.Sort(got)
+	if d := cmp.Diff(got, []int{0, 1, 13, 14}); d != "" {
+		t.Error(d)
 	}
-	send(t, c, query(t, "miss", 4))
-	if m := readMsg(t, c); m.Id != 4 {
-		t.Errorf("got answer %d, want 4", m.Id)
+	send(t, c, query(t, "miss", 20))
+	if m := readMsg(t, c); m.Id != 20 {
+		t.Errorf("got answer %d, want 20", m.Id)
+	}
+	if n := l.Shed(); n != 3 {
+		t.Errorf("%d misses are shed in the end, want 3", n)
 	}
 }
 
 // TestPacketHostile sends what has no answer, and what makes the Handler panic; the next query is answered.
-func TestPacketHostile(t *testing.T) {
-	l := listenPacket(t, PacketConfig{Common: common(newFake())})
+func TestPacketHostile(t *testing.T) { loops(t, testPacketHostile) }
+
+func testPacketHostile(t *testing.T, plain bool) {
+	l := listenPacket(t, PacketConfig{Common: common(newFake()), plain: plain})
 	c := dial(t, l.Addr().String())
 	response := query(t, "hit", 1)
 	response[2] |= 0x80
@@ -198,8 +232,10 @@ func TestPacketHostile(t *testing.T) {
 	}
 }
 
-func TestPacketTooLong(t *testing.T) {
-	l := listenPacket(t, PacketConfig{Common: common(newFake())})
+func TestPacketTooLong(t *testing.T) { loops(t, testPacketTooLong) }
+
+func testPacketTooLong(t *testing.T, plain bool) {
+	l := listenPacket(t, PacketConfig{Common: common(newFake()), plain: plain})
 	c := dial(t, l.Addr().String())
 	for _, tt := range []struct {
 		size, rcode int
@@ -220,9 +256,11 @@ func TestPacketTooLong(t *testing.T) {
 	}
 }
 
-func TestPacketDrain(t *testing.T) {
+func TestPacketDrain(t *testing.T) { loops(t, testPacketDrain) }
+
+func testPacketDrain(t *testing.T, plain bool) {
 	h := newFake()
-	l := listenPacket(t, PacketConfig{Common: common(h)})
+	l := listenPacket(t, PacketConfig{Common: common(h), plain: plain})
 	c := dial(t, l.Addr().String())
 	send(t, c, query(t, "slow", 1))
 	receive(t, h.waiting)
@@ -240,9 +278,11 @@ func TestPacketDrain(t *testing.T) {
 	}
 }
 
-func TestPacketShutdownLosesPatience(t *testing.T) {
+func TestPacketShutdownLosesPatience(t *testing.T) { loops(t, testPacketShutdownLosesPatience) }
+
+func testPacketShutdownLosesPatience(t *testing.T, plain bool) {
 	h := newFake()
-	l := listenPacket(t, PacketConfig{Common: common(h)})
+	l := listenPacket(t, PacketConfig{Common: common(h), plain: plain})
 	c := dial(t, l.Addr().String())
 	send(t, c, query(t, "slow", 1))
 	receive(t, h.waiting)
@@ -256,14 +296,16 @@ func TestPacketShutdownLosesPatience(t *testing.T) {
 }
 
 // TestPacketSocketGone closes the socket behind the listener's back: Serve says so instead of spinning.
-func TestPacketSocketGone(t *testing.T) {
-	l, err := ListenPacket(t.Context(), PacketConfig{Common: common(newFake())})
+func TestPacketSocketGone(t *testing.T) { loops(t, testPacketSocketGone) }
+
+func testPacketSocketGone(t *testing.T, plain bool) {
+	l, err := ListenPacket(t.Context(), PacketConfig{Common: common(newFake()), plain: plain})
 	if err != nil {
 		t.Fatal(err)
 	}
 	served := make(chan error, 1)
 	go func() { served <- l.Serve() }()
-	_ = l.conn.Close()
+	_ = l.sockets[0].conn.Close()
 	if err := receive(t, served); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("got %v, want net.ErrClosed", err)
 	}
@@ -273,22 +315,65 @@ func TestPacketSocketGone(t *testing.T) {
 	noLeaks(t)
 }
 
-// TestPacketUnsendable answers to where nothing can be sent; the next query is answered.
-func TestPacketUnsendable(t *testing.T) {
-	l := listenPacket(t, PacketConfig{Common: common(newFake())})
+// TestPacketUnsendable has answers that cannot be sent among others, which arrive.
+func TestPacketUnsendable(t *testing.T) { loops(t, testPacketUnsendable) }
+
+func testPacketUnsendable(t *testing.T, plain bool) {
+	l, r := idlePacket(t, PacketConfig{Common: common(newFake()), Sockets: 1, plain: plain})
 	c := dial(t, l.Addr().String())
-	l.send(&packet{from: netip.MustParseAddrPort("[2001:db8::1]:1")}, query(t, "hit", 1))         // another family
-	l.send(&packet{from: c.LocalAddr().(*net.UDPAddr).AddrPort()}, make([]byte, wire.MaxMessage)) // EMSGSIZE
-	send(t, c, query(t, "hit", 2))
-	if m := readMsg(t, c); m.Id != 2 {
-		t.Errorf("got answer %d, want 2", m.Id)
+	send(t, c, query(t, "hit", 0))
+	packets, err := r.rx.receive()
+	if err != nil {
+		t.Fatal(err)
+	}
+	good := &packets[0].origin
+	family := &origin{addr: netip.MustParseAddrPort("[2001:db8::1]:1")} // and to a batch no address at all
+	giant := make([]byte, wire.MaxMessage)                              // EMSGSIZE
+	r.tx.send([]answer{
+		{family, query(t, "hit", 1)}, {good, query(t, "hit", 2)}, {good, giant}, {family, nil}, {good, query(t, "hit", 3)}, {good, giant},
+	})
+	for _, id := range []uint16{2, 3} {
+		if m := readMsg(t, c); m.Id != id {
+			t.Errorf("got answer %d, want %d", m.Id, id)
+		}
 	}
 }
 
-func TestPacketAllocs(t *testing.T) {
+// idlePacket returns a listener that nobody serves and a reader of its first socket, for the test to turn by hand.
+func idlePacket(t testing.TB, cfg PacketConfig) (*Packet, *reader) {
+	t.Helper()
+	l, err := ListenPacket(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		l.misses.finish()
+		_ = l.Shutdown(context.Background())
+		noLeaks(t)
+	})
+	_ = l.sockets[0].conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+	return l, l.newReader(0)
+}
+
+// serveQueued makes r serve until it has seen n datagrams.
+func serveQueued(t testing.TB, r *reader, n int) {
+	t.Helper()
+	for n > 0 {
+		packets, err := r.rx.receive()
+		if err != nil {
+			t.Fatal(err)
+		}
+		n -= len(packets)
+		r.serve(packets)
+	}
+}
+
+func TestPacketAllocs(t *testing.T) { loops(t, testPacketAllocs) }
+
+func testPacketAllocs(t *testing.T, plain bool) {
 	for _, bind := range []string{"127.0.0.1:0", "0.0.0.0:0", "[::]:0"} {
 		t.Run(bind, func(t *testing.T) {
-			cfg := PacketConfig{Common: common(echo{})}
+			cfg := PacketConfig{Common: common(echo{}), plain: plain}
 			cfg.Addr = netip.MustParseAddrPort(bind)
 			l := listenPacket(t, cfg)
 			hit := hitter(t, l)

@@ -250,12 +250,13 @@ func (p *Pipeline) lookup(dst []byte, q *wire.Query) ([]byte, bool) {
 	if p.cache == nil {
 		return dst, false
 	}
-	a, age, ok := p.cache.Get(q.Key(p.view), q.Received)
-	if !ok {
+	key := q.Key(p.view)
+	f, ok := p.cache.Get(key, p.cache.Hash(key), q.Received)
+	if !ok || f.Stale {
 		return dst, false
 	}
-	dst = p.shape.AppendAnswer(dst, q, a, age)
-	p.observe(q, a.Rcode, Hit)
+	dst = p.shape.AppendAnswer(dst, q, f.Answer, f.Age)
+	p.observe(q, f.Answer.Rcode, Hit)
 	return dst, true
 }
 
@@ -306,7 +307,8 @@ func (p *Pipeline) Resolve(ctx context.Context, dst []byte, q *wire.Query) (out 
 	}
 	if p.cache != nil && q.Qclass == wire.ClassIN {
 		// The key has no class. What comes back is what a hit would be sent: its TTLs are within the cache's bounds.
-		a = p.cache.Put(q.Key(p.view), a, p.now().UnixNano())
+		key := q.Key(p.view)
+		a = p.cache.Put(key, p.cache.Hash(key), a, p.now().UnixNano())
 	}
 	dst = p.shape.AppendAnswer(dst, q, a, 0)
 	p.observe(q, a.Rcode, Miss)

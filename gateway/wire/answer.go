@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"slices"
-	"strings"
 	"unicode/utf8"
 	"unsafe"
 )
@@ -15,15 +14,15 @@ import (
 type Answer struct {
 	Msg    []byte   // the packed response; its length is at most MaxMessage
 	TTLs   []uint16 // the offset in Msg of every record's TTL field, in the order of the records
-	Rcode  uint16   // the extended RCODE, 12 bits, RFC 6891, section 6.1.3
 	EDE    []EDE    // extended DNS errors to pass on to clients that sent an OPT record, RFC 8914
+	Rcode  uint16   // the extended RCODE, 12 bits, RFC 6891, section 6.1.3
 	Secure bool     // the gateway has validated it: AD may be set
 
-	cuts    []cut  // where Msg may be truncated, in ascending order; nil when Msg fits into every UDP payload
 	qend    uint16 // the offset behind the question
 	answers uint16 // ANCOUNT
 	auths   uint16 // NSCOUNT
 	facts   lifetime
+	cuts    []cut // where Msg may be truncated, in ascending order; nil when Msg fits into every UDP payload
 }
 
 // EDE is an extended DNS error, RFC 8914. Text may be empty; more than 255 octets of it are not sent.
@@ -207,34 +206,64 @@ func (a *Answer) Answers(q *Query) bool {
 		binary.BigEndian.Uint16(a.Msg[end:]) == q.Qtype && binary.BigEndian.Uint16(a.Msg[end+2:]) == q.Qclass
 }
 
-// Clone returns a copy of a that shares no memory with it and whose slices are no larger than they have to be.
+// Clone returns a copy of a that shares no memory with it.
 func (a *Answer) Clone() Answer {
-	b := *a
-	b.Msg = append([]byte(nil), a.Msg...)
-	b.TTLs = append([]uint16(nil), a.TTLs...)
-	b.cuts = append([]cut(nil), a.cuts...)
-	b.EDE = append([]EDE(nil), a.EDE...)
-	for i := range b.EDE {
-		b.EDE[i].Text = strings.Clone(b.EDE[i].Text)
-	}
+	var b Answer
+	a.CloneInto(&b, nil)
 	return b
 }
 
-// Size returns how many octets of heap a refers to, without the Answer itself. What is smaller than 16 octets counts as
-// 16: the runtime packs such objects into blocks of that size, which live as long as one of them.
-func (a *Answer) Size() int {
-	block := func(n int) int {
-		if n == 0 {
-			return 0
-		}
-		return max(n, 16)
-	}
-	n := block(cap(a.Msg)) + block(2*cap(a.TTLs))
-	n += block(int(unsafe.Sizeof(cut{}))*cap(a.cuts)) + block(int(unsafe.Sizeof(EDE{}))*cap(a.EDE))
+// CloneInto makes b a copy of a that shares no memory with it, in as few objects as that takes: behind a copy of front,
+// all that b refers to but the list of its extended DNS errors lies in one array without pointers, which is returned with
+// all the capacity that the allocator gave it. That list is a new one only if b.EDE has no room for it.
+func (a *Answer) CloneInto(b *Answer, front []byte) (array []byte) {
+	// It is an array of uint16, so that the offsets are aligned.
+	text := 0
 	for _, e := range a.EDE {
-		n += (len(e.Text) + 15) &^ 15
+		text += len(e.Text)
 	}
-	return n
+	ttls := (len(front) + 1) / 2
+	cuts := ttls + len(a.TTLs)
+	msg := cuts + int(unsafe.Sizeof(cut{})/2)*len(a.cuts)
+	units := append([]uint16(nil), make([]uint16, msg+(len(a.Msg)+text+1)/2)...)
+	array = unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(units))), 2*cap(units))
+	copy(array, front)
+
+	list := b.EDE[:0]
+	*b = *a
+	b.TTLs = units[ttls:cuts:cuts]
+	copy(b.TTLs, a.TTLs)
+	if len(a.cuts) > 0 {
+		b.cuts = unsafe.Slice((*cut)(unsafe.Pointer(&units[cuts])), len(a.cuts))
+		copy(b.cuts, a.cuts)
+	}
+	off := 2*msg + len(a.Msg)
+	b.Msg = array[2*msg : off : off]
+	copy(b.Msg, a.Msg)
+	b.EDE = append(list, a.EDE...)
+	for i := range b.EDE {
+		n := copy(array[off:], b.EDE[i].Text)
+		b.EDE[i].Text = unsafe.String(unsafe.SliceData(array[off:]), n)
+		off += n
+	}
+	return array
+}
+
+// AppendPacked appends a to dst as a packed response, of which [ReadAnswer] makes an equal Answer, Secure aside, and returns
+// the longer slice. Extended DNS errors beyond what ReadAnswer takes are left out, and those that do not fit.
+func (a *Answer) AppendPacked(dst []byte) []byte {
+	start := len(dst)
+	dst = append(dst, a.Msg...)
+	if len(a.EDE) == 0 && a.Rcode <= MaxPlainRcode || len(a.Msg)+optLen > MaxMessage {
+		return dst
+	}
+	additional := dst[start+10:]
+	binary.BigEndian.PutUint16(additional, binary.BigEndian.Uint16(additional)+1)
+	dst = append(dst, 0, 0, byte(TypeOPT), 0, 0, byte(a.Rcode>>4), 0, 0, 0, 0, 0)
+	options := len(dst)
+	dst = appendEDE(dst, a.EDE[:min(len(a.EDE), maxEDE)], start+MaxMessage)
+	binary.BigEndian.PutUint16(dst[options-2:], uint16(len(dst)-options))
+	return dst
 }
 
 // Shape is what the gateway puts on every response of its own and on every response that it passes on. A Shape is not
@@ -391,6 +420,14 @@ func (s *Shape) appendOPT(dst []byte, start int, q *Query, rcode uint16, ede []E
 		dst = appendOption(dst, OptionKeepalive, 2)
 		dst = binary.BigEndian.AppendUint16(dst, s.Keepalive)
 	}
+	dst = appendEDE(dst, ede, limit)
+	dst = s.pad(dst, start, q)
+	binary.BigEndian.PutUint16(dst[options-2:], uint16(len(dst)-options))
+	return dst
+}
+
+// appendEDE appends as many of ede as keep dst within limit.
+func appendEDE(dst []byte, ede []EDE, limit int) []byte {
 	for _, e := range ede {
 		text := cutText(e.Text, maxEDEText)
 		if len(dst)+6+len(text) > limit {
@@ -400,8 +437,6 @@ func (s *Shape) appendOPT(dst []byte, start int, q *Query, rcode uint16, ede []E
 		dst = binary.BigEndian.AppendUint16(dst, e.Code)
 		dst = append(dst, text...)
 	}
-	dst = s.pad(dst, start, q)
-	binary.BigEndian.PutUint16(dst[options-2:], uint16(len(dst)-options))
 	return dst
 }
 

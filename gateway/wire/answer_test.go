@@ -743,9 +743,6 @@ func TestClampAndClone(t *testing.T) {
 	if diff := cmp.Diff(ttls(&b), []uint32{200, 30, 30, 2}); diff != "" {
 		t.Errorf("the copy (-got +want)\n%s", diff)
 	}
-	if got, least := b.Size(), len(b.Msg)+2*len(b.TTLs)+24+16; got < least || got > least+200 {
-		t.Errorf("Size: got %d, want about %d", got, least)
-	}
 }
 
 func TestCutText(t *testing.T) {
@@ -1019,11 +1016,25 @@ func checkRecords(t *testing.T, raw []byte, original *dns.Msg, age uint32) {
 
 func BenchmarkAppendAnswer(b *testing.B) {
 	a := answer(b, response(b, "www.example.org.", dns.TypeA, "www.example.org. 300 A 192.0.2.1\nwww.example.org. 300 A 192.0.2.2"))
-	q := query(b, UDP, "www.example.org.", dns.TypeA, edns(1232, false))
-	dst := make([]byte, 0, 2048)
-	b.ReportAllocs()
-	for b.Loop() {
-		shape.AppendAnswer(dst, q, a, 5)
+	plain := query(b, UDP, "www.example.org.", dns.TypeA)
+	opt := query(b, UDP, "www.example.org.", dns.TypeA, edns(1232, false))
+	for _, bb := range []struct {
+		name string
+		q    *Query
+		age  uint32
+	}{
+		{"plain", plain, 0},
+		{"plain aged", plain, 5},
+		{"EDNS", opt, 0},
+		{"EDNS aged", opt, 5},
+	} {
+		b.Run(bb.name, func(b *testing.B) {
+			dst := make([]byte, 0, 2048)
+			b.ReportAllocs()
+			for b.Loop() {
+				shape.AppendAnswer(dst, bb.q, a, bb.age)
+			}
+		})
 	}
 }
 

@@ -4,8 +4,8 @@
 // turn an [Answer] or an RCODE into the bytes that go back. It knows RFC 1035 framing and RFC 6891 EDNS and nothing of
 // policy: who may ask, what is cached and where questions go is decided elsewhere.
 //
-// What surprises a newcomer: nothing here allocates but [ReadAnswer] and [Answer.Clone], and a [Query] aliases the buffer
-// that it was parsed from.
+// What surprises a newcomer: nothing here allocates but [ReadAnswer] and what copies an [Answer], and a [Query] aliases
+// the buffer that it was parsed from.
 package wire
 
 import (

@@ -18,6 +18,7 @@ import (
 	"github.com/ameshkov/dnsstamps"
 
 	"dnsgateway/gateway/lab"
+	"dnsgateway/integration/programs"
 )
 
 // target is a program under test.
@@ -45,8 +46,8 @@ func newTarget(ctx context.Context, name string, o *options, dir string) (target
 		t := dnsgateway{path: o.gateway, hedge: o.hedge}
 		if t.path == "" {
 			t.path = filepath.Join(dir, "dnsgateway")
-			if err := goCommand(ctx, "", "build", "-o", t.path, "dnsgateway/cmd/dnsgateway"); err != nil {
-				return nil, fmt.Errorf("building the gateway: %w", err)
+			if err := programs.Gateway(ctx, t.path); err != nil {
+				return nil, err
 			}
 		}
 		return t, nil
@@ -54,8 +55,8 @@ func newTarget(ctx context.Context, name string, o *options, dir string) (target
 		t := dnsproxy{path: o.dnsproxy}
 		if t.path == "" {
 			t.path = filepath.Join(dir, "dnsproxy")
-			if err := buildDnsproxy(ctx, dir, t.path); err != nil {
-				return nil, fmt.Errorf("building dnsproxy: %w", err)
+			if err := programs.Dnsproxy(ctx, t.path); err != nil {
+				return nil, err
 			}
 		}
 		return t, nil
@@ -123,36 +124,6 @@ func (t dnsproxy) command(c *course) (argv, env []string, err error) {
 }
 
 func port(a netip.AddrPort) string { return strconv.Itoa(int(a.Port())) }
-
-const dnsproxyModule = "github.com/AdguardTeam/dnsproxy"
-
-// buildDnsproxy builds the command at the version in our go.mod, in a module of its own: go.sum lacks what only the command
-// needs.
-func buildDnsproxy(ctx context.Context, dir, path string) error {
-	out, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Version}} {{.GoVersion}}", dnsproxyModule).Output()
-	if err != nil {
-		return err
-	}
-	version, goVersion, _ := strings.Cut(strings.TrimSpace(string(out)), " ")
-	module := filepath.Join(dir, "dnsproxy-build")
-	if err := os.Mkdir(module, 0o755); err != nil {
-		return err
-	}
-	text := fmt.Sprintf("module build\n\ngo %s\n\nrequire %s %s\n", goVersion, dnsproxyModule, version)
-	if err := os.WriteFile(filepath.Join(module, "go.mod"), []byte(text), 0o644); err != nil {
-		return err
-	}
-	return goCommand(ctx, module, "build", "-mod=mod", "-o", path, dnsproxyModule)
-}
-
-func goCommand(ctx context.Context, dir string, args ...string) error {
-	cmd := exec.CommandContext(ctx, "go", args...)
-	cmd.Dir = dir
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
-	}
-	return nil
-}
 
 // process is a running target.
 type process struct {

@@ -1,0 +1,298 @@
+package cache
+
+import (
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"dnsgateway/gateway/wire"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// find is Get with a key alone.
+func find(c *Cache, key []byte, now int64) (Found, bool) { return c.Get(key, c.Hash(key), now) }
+
+func servfail(t testing.TB) *wire.Answer {
+	t.Helper()
+	a := answer(t, response(t, 2, ""))
+	a.EDE = []wire.EDE{{Code: 22, Text: "no reachable authority"}}
+	return a
+}
+
+// TestStale looks at an answer after its time, RFC 8767.
+func TestStale(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		staleFor time.Duration
+		age      int64 // nanoseconds, of 10 s to live
+		want     string
+	}{
+		{"fresh", time.Minute, 10*second - 1, "age 9"},
+		{"over", time.Minute, 10 * second, "age 10, stale, retry"},
+		{"nearly gone", time.Minute, 70*second - 1, "age 69, stale, retry"},
+		{"gone", time.Minute, 70 * second, "none"},
+		{"without StaleFor", 0, 10 * second, "none"},
+		{"less than a second of StaleFor", time.Second - 1, 10 * second, "none"},
+		{"the longest", 1<<31*time.Second - time.Second, 1<<31*second + 8*second, "age 2147483656, stale, retry"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := newCache(t, Config{StaleFor: tt.staleFor})
+			put(c, []byte("key"), address(t, 10), start)
+			got := "none"
+			if f, ok := find(c, []byte("key"), start+tt.age); ok {
+				got = fmt.Sprint("age ", f.Age)
+				if f.Stale {
+					got += ", stale"
+				}
+				if f.Retry {
+					got += ", retry"
+				}
+			}
+			if got != tt.want {
+				t.Errorf("got %s, want %s", got, tt.want)
+			}
+		})
+	}
+}
+
+// TestRetry lets upstream fail while an answer is stale: it is asked again after 30 s.
+func TestRetry(t *testing.T) {
+	c := newCache(t, Config{StaleFor: time.Hour})
+	key := []byte("key")
+	put(c, key, address(t, 10), start)
+	now := start + 100*second
+	for _, a := range []*wire.Answer{nil, servfail(t)} {
+		c.Fail(key, c.Hash(key), a, now)
+		for _, tt := range []struct {
+			after int64
+			want  Found
+		}{
+			{0, Found{Stale: true}},
+			{29*second + second - 1, Found{Stale: true}},
+			{30 * second, Found{Stale: true, Retry: true}},
+			{-10 * second, Found{Stale: true, Retry: true}}, // the clock was set back
+		} {
+			f, ok := find(c, key, now+tt.after)
+			if !ok || f.Answer.Rcode != 0 || f.Stale != tt.want.Stale || f.Retry != tt.want.Retry {
+				t.Errorf("%d s after a failure: %+v, %v, want %+v", tt.after/second, f, ok, tt.want)
+			}
+		}
+		now += 100 * second
+	}
+	put(c, key, address(t, 10), now)
+	if f, ok := find(c, key, now+10*second); !ok || !f.Stale || !f.Retry {
+		t.Errorf("a new answer has taken over the failure of the old one: %+v, %v", f, ok)
+	}
+}
+
+func TestFail(t *testing.T) {
+	c := newCache(t, Config{StaleFor: time.Minute})
+	key := []byte("key")
+	hash := c.Hash(key)
+	c.Fail(key, hash, nil, start)
+	if s := c.Stats(); s.Entries != 0 {
+		t.Errorf("no answer is kept: %+v", s)
+	}
+	a := servfail(t)
+	c.Fail(key, hash, a, start)
+	f, ok := find(c, key, start+5*second-1)
+	if !ok || f.Answer == a || f.Answer.Rcode != 2 || f.Age != 4 || f.Stale || f.Retry || f.Prefetch {
+		t.Errorf("got %+v, %v", f, ok)
+	}
+	if diff := cmp.Diff(f.Answer.EDE, a.EDE); diff != "" {
+		t.Errorf("(-got +want)\n%s", diff)
+	}
+	if f, ok := find(c, key, start+5*second); ok {
+		t.Errorf("a failure lives on: %+v", f)
+	}
+	// With records, of any TTL: the age stays less than that.
+	c.Fail(key, hash, answer(t, response(t, 2, "a.example. 0 A 192.0.2.1\na.example. 300 A 192.0.2.2")), start+second)
+	if f, ok := find(c, key, start+5*second); !ok || f.Age != 4 || !slices.Equal(ttls(f.Answer), []uint32{5, 5}) {
+		t.Errorf("a second failure: %+v, %v", f, ok)
+	}
+	truncated := response(t, 2, "")
+	truncated[2] |= 2
+	c.Fail([]byte("other"), c.Hash([]byte("other")), answer(t, truncated), start)
+	if s := c.Stats(); s.Entries != 1 {
+		t.Errorf("%d entries, want 1: a truncated answer is not kept", s.Entries)
+	}
+
+	good := put(c, key, address(t, 10), start+2*second)
+	for _, tt := range []struct {
+		at    int64
+		stale bool
+	}{{2, false}, {11, false}, {12, true}, {71, true}} {
+		c.Fail(key, hash, a, start+tt.at*second)
+		if f, ok := find(c, key, start+tt.at*second); !ok || f.Answer != good || f.Stale != tt.stale {
+			t.Errorf("after %d s: %+v, %v, want the good answer, stale %v", tt.at, f, ok, tt.stale)
+		}
+	}
+	// Nobody could use that one any more.
+	c.Fail(key, hash, nil, start+72*second)
+	c.Fail(key, hash, a, start+72*second)
+	if f, ok := find(c, key, start+72*second); !ok || f.Answer.Rcode != 2 {
+		t.Errorf("got %+v, %v, want the failure", f, ok)
+	}
+	if s := c.Stats(); s.Entries != 1 {
+		t.Errorf("%d entries, want 1", s.Entries)
+	}
+	check(t, c)
+}
+
+// TestOutdated puts what may not be kept over a stale answer.
+func TestOutdated(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		a    *wire.Answer
+		at   int64
+		want bool // the old answer is still there
+	}{
+		{"data with TTL 0, fresh", address(t, 0), 9, true},
+		{"data with TTL 0, stale", address(t, 0), 10, false},
+		{"SERVFAIL", servfail(t), 10, true},
+		{"no data, no SOA", answer(t, response(t, 0, "")), 10, true},
+		{"a referral", answer(t, response(t, 0, "--\na.example. 60 NS ns.a.example.")), 10, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := newCache(t, Config{StaleFor: time.Hour})
+			put(c, []byte("key"), address(t, 10), start)
+			if got := put(c, []byte("key"), tt.a, start+tt.at*second); got != tt.a {
+				t.Error("it was kept")
+			}
+			if _, ok := find(c, []byte("key"), start+tt.at*second); ok != tt.want {
+				t.Errorf("the old answer is there: %v, want %v", ok, tt.want)
+			}
+			check(t, c)
+		})
+	}
+}
+
+// TestPrefetch asks for an answer through its life.
+func TestPrefetch(t *testing.T) {
+	c := newCache(t, Config{StaleFor: time.Minute, PrefetchHits: 3, PrefetchRemaining: 0.1})
+	key := []byte("key")
+	hash := c.Hash(key)
+	at := func(ms int64, want bool) {
+		t.Helper()
+		f, ok := find(c, key, start+ms*second/1000)
+		if !ok || f.Prefetch != want {
+			t.Errorf("after %d ms: %+v, %v, want prefetch %v", ms, f, ok, want)
+		}
+	}
+	put(c, key, address(t, 300), start)
+	at(1000, false)
+	at(2000, false)
+	at(3000, false) // popular from now on, but young
+	at(269999, false)
+	at(270000, true) // the last 10 %
+	at(270000, false)
+	at(279999, false) // somebody does it already
+	at(280000, true)  // but has not
+	c.Fail(key, hash, nil, start+281*second)
+	at(292000, false) // upstream fails
+	at(299999, false)
+	at(300000, false) // stale: that is Retry's
+
+	put(c, key, address(t, 5), start+300*second) // counts anew, as popular as it is
+	at(304600, false)
+	at(304700, false)
+	at(304800, true)
+	at(304900, false)
+	put(c, key, address(t, 5), start+305*second)
+	for range 3 {
+		at(309000, false)
+	}
+	at(309500, true) // a new answer, another caller
+
+	put(c, key, address(t, 1), start+310*second)
+	for range 5 {
+		at(310999, false) // too short
+	}
+	for _, tt := range []Config{{}, {PrefetchHits: 255, PrefetchRemaining: 0.999}} {
+		c = newCache(t, tt)
+		put(c, key, address(t, 300), start)
+		for i := range 255 {
+			at(299999, i == 254 && tt.PrefetchHits > 0)
+		}
+	}
+	c = newCache(t, Config{PrefetchHits: 1, PrefetchRemaining: 0.5})
+	c.Fail(key, c.Hash(key), servfail(t), start)
+	at(4999, false) // nobody renews a failure
+}
+
+// TestPrefetchOnce lets many callers ask at once: one is told to prefetch.
+func TestPrefetchOnce(t *testing.T) {
+	c := newCache(t, Config{PrefetchHits: 1, PrefetchRemaining: 0.5})
+	key := []byte("key")
+	for round := range int64(100) {
+		now := start + round*60*second
+		put(c, key, address(t, 60), now)
+		var told atomic.Int32
+		var wg sync.WaitGroup
+		for range 8 {
+			wg.Go(func() {
+				for range 20 {
+					if f, _ := find(c, key, now+45*second); f.Prefetch {
+						told.Add(1)
+					}
+				}
+			})
+		}
+		wg.Wait()
+		if n := told.Load(); n != 1 {
+			t.Fatalf("%d callers were told to prefetch, want 1", n)
+		}
+	}
+}
+
+func TestFlushName(t *testing.T) {
+	names := []string{".", "example.", "a.example.", "b.a.example.", "a.a.example.", "xa.example.", "org.", "a.example.org."}
+	for _, tt := range []struct {
+		name  string
+		below bool
+		want  []string // what goes
+	}{
+		{"a.example.", false, []string{"a.example."}},
+		{"a.example.", true, []string{"a.example.", "b.a.example.", "a.a.example."}},
+		{"example.", true, []string{"example.", "a.example.", "b.a.example.", "a.a.example.", "xa.example."}},
+		{".", false, []string{"."}},
+		{".", true, names},
+		{"c.example.", false, nil},
+		{"c.example.", true, nil},
+	} {
+		t.Run(fmt.Sprint(tt.name, tt.below), func(t *testing.T) {
+			c := newCache(t, Config{StaleFor: time.Hour})
+			var keys [][]byte
+			for _, name := range names {
+				for i, bits := range []byte{0, 3} {
+					keys = append(keys, keyOf(name, 1, bits, 0), keyOf(name, 28, bits, uint32(i)<<31))
+				}
+			}
+			for _, key := range keys {
+				put(c, key, address(t, 300), start)
+			}
+			if got := c.FlushName(nameOf(tt.name), tt.below); got != 4*len(tt.want) {
+				t.Errorf("%d entries went, want %d", got, 4*len(tt.want))
+			}
+			for i, key := range keys {
+				name := names[i/4]
+				if _, ok := find(c, key, start); ok == slices.Contains(tt.want, name) {
+					t.Errorf("%s is there: %v", name, ok)
+				}
+			}
+			if s := c.Stats(); s.Entries != int64(len(keys)-4*len(tt.want)) || s.Evictions != 0 {
+				t.Errorf("got %+v", s)
+			}
+			check(t, c)
+		})
+	}
+}
+
+func nameOf(name string) []byte {
+	key := keyOf(name, 0, 0, 0)
+	return key[:len(key)-7]
+}

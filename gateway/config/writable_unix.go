@@ -1,0 +1,23 @@
+//go:build unix
+
+package config
+
+import (
+	"fmt"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// writable returns nil if this user may put a file at path: in its folder, which is there.
+func writable(path string) error {
+	dir := filepath.Dir(path)
+	switch err := unix.Access(dir, unix.W_OK|unix.X_OK); err {
+	case nil:
+		return nil
+	case unix.EACCES, unix.EPERM:
+		return fmt.Errorf("the directory %s: permission denied: this user may not write there", dir)
+	default:
+		return fmt.Errorf("the directory %s: %w", dir, err)
+	}
+}

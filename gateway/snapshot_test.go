@@ -1,0 +1,329 @@
+package gateway
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/miekg/dns"
+)
+
+// fakeStore is a cache whose file is slow, or does not go well.
+type fakeStore struct {
+	begin time.Time
+
+	mu    sync.Mutex
+	load  error
+	save  error
+	takes time.Duration // each call
+	calls []string
+}
+
+func (f *fakeStore) call(what string, now int64) time.Duration {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if since := time.Since(f.begin); now != 0 && now != time.Now().UnixNano() {
+		what += " at another time"
+	} else {
+		what = fmt.Sprint(since, " ", what)
+	}
+	f.calls = append(f.calls, what)
+	return f.takes
+}
+
+func (f *fakeStore) LoadFile(path string, now int64) (int, error) {
+	time.Sleep(f.call("load "+path, now))
+	return 5, f.load
+}
+
+func (f *fakeStore) SaveFile(path string, now int64) (int, error) {
+	time.Sleep(f.call("save "+path, now))
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return 7, f.save
+}
+
+func (f *fakeStore) FlushName(name []byte, below bool) int {
+	f.call(fmt.Sprintf("flush %q %v", name, below), 0)
+	return 3
+}
+
+func (f *fakeStore) fail(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.save = err
+}
+
+func (f *fakeStore) seen() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.calls)
+}
+
+// lines are the log's messages with their levels, those at debug level left out.
+type lines struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (l *lines) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(b)
+}
+
+func (l *lines) logger() *slog.Logger {
+	return slog.New(slog.NewTextHandler(l, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if a.Key == slog.TimeKey {
+			return slog.Attr{}
+		}
+		return a
+	}}))
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+// inBubble runs f with a gateway that has nothing but a snapshot of store, whose begin it sets.
+func inBubble(t *testing.T, store *fakeStore, f func(t *testing.T, g *Gateway, log *lines)) {
+	synctest.Test(t, func(t *testing.T) {
+		store.begin = time.Now()
+		var log lines
+		g := &Gateway{log: log.logger()}
+		g.snapshot = newSnapshot(store, "c.bin", time.Minute, g.log)
+		f(t, g, &log)
+	})
+}
+
+func TestSnapshotTimes(t *testing.T) {
+	store := &fakeStore{takes: 2 * time.Second}
+	inBubble(t, store, func(t *testing.T, g *Gateway, log *lines) {
+		end := g.keep(t.Context())
+		if store.seen() != nil {
+			t.Errorf("the start waits for %q", store.seen())
+		}
+		time.Sleep(time.Second)
+		if n, err := g.flush("A.example", false); n != 3 || err != nil { // waits for the load
+			t.Errorf("flush: got %d, %v", n, err)
+		}
+		time.Sleep(90 * time.Second)
+		if n, err := g.flush("", false); n != 3 || err != nil {
+			t.Errorf("flush: got %d, %v", n, err)
+		}
+		if _, err := g.flush("a..b", true); err == nil {
+			t.Error("a bad name is flushed")
+		}
+		time.Sleep(10 * time.Second)
+		end()
+		want := []string{
+			"0s load c.bin", `2s flush "\x01a\aexample\x00" false`, "2s save c.bin", "1m2s save c.bin", `1m32s flush "\x00" true`,
+			"1m32s save c.bin", "1m42s save c.bin",
+		}
+		if d := cmp.Diff(want, store.seen()); d != "" {
+			t.Errorf("calls (-want +got):\n%s", d)
+		}
+		want = []string{
+			`level=INFO msg="the saved cache is loaded" file=c.bin entries=5 took=2s`,
+			`level=INFO msg="the cache was flushed" entries=3 all=false`,
+			`level=INFO msg="the cache was flushed" entries=3 all=true`,
+			`level=INFO msg="the cache is saved" file=c.bin entries=7 took=2s`, "",
+		}
+		if d := cmp.Diff(want, strings.Split(log.String(), "\n")); d != "" {
+			t.Errorf("log (-want +got):\n%s", d)
+		}
+	})
+}
+
+// TestSnapshotStopWhileLoading ends before the file is read: it is not replaced by a part of itself.
+func TestSnapshotStopWhileLoading(t *testing.T) {
+	store := &fakeStore{takes: time.Second}
+	inBubble(t, store, func(t *testing.T, g *Gateway, _ *lines) {
+		g.keep(t.Context())()
+		if d := cmp.Diff([]string{"0s load c.bin", "1s save c.bin"}, store.seen()); d != "" {
+			t.Errorf("calls (-want +got):\n%s", d)
+		}
+	})
+}
+
+// TestSnapshotSlowDisk has a disk that does not come back: the stop does.
+func TestSnapshotSlowDisk(t *testing.T) {
+	store := &fakeStore{takes: time.Hour}
+	inBubble(t, store, func(t *testing.T, g *Gateway, log *lines) {
+		end := g.keep(t.Context())
+		end()
+		if took := time.Since(store.begin); took != saveGrace {
+			t.Errorf("the stop took %v, want %v", took, saveGrace)
+		}
+		if want := `level=WARN msg="the cache could not be saved in time" file=c.bin`; !strings.Contains(log.String(), want) {
+			t.Errorf("got log %q, want %q", log, want)
+		}
+		time.Sleep(3 * time.Hour) // lets the goroutine end, as the bubble wants it
+	})
+}
+
+// TestSnapshotWarnsOnce has a full disk for an hour: one warning, and one line when it is over.
+func TestSnapshotWarnsOnce(t *testing.T) {
+	store := &fakeStore{load: fmt.Errorf("opening: %w", fs.ErrNotExist)}
+	inBubble(t, store, func(t *testing.T, g *Gateway, log *lines) {
+		end := g.keep(t.Context())
+		time.Sleep(90 * time.Second)
+		if log.String() != "" {
+			t.Errorf("got log %q while all is well, want none", log)
+		}
+		store.fail(errors.New("no space"))
+		time.Sleep(time.Hour)
+		store.fail(nil)
+		time.Sleep(time.Hour)
+		end()
+		want := []string{
+			`level=WARN msg="the cache cannot be saved" file=c.bin err="no space"`,
+			`level=INFO msg="the cache is saved" file=c.bin entries=7 took=0s`, // it goes well again
+			`level=INFO msg="the cache is saved" file=c.bin entries=7 took=0s`, // the stop
+			"",
+		}
+		if d := cmp.Diff(want, strings.Split(log.String(), "\n")); d != "" {
+			t.Errorf("log (-want +got):\n%s", d)
+		}
+	})
+}
+
+func TestSnapshotDamaged(t *testing.T) {
+	store := &fakeStore{load: errors.New("checksum")}
+	inBubble(t, store, func(t *testing.T, g *Gateway, log *lines) {
+		g.keep(t.Context())()
+		if want := `level=WARN msg="the saved cache is ignored; the next save replaces it" file=c.bin err=checksum`; !strings.HasPrefix(log.String(), want) {
+			t.Errorf("got log %q, want %q", log, want)
+		}
+		if d := cmp.Diff([]string{"0s load c.bin", "0s save c.bin"}, store.seen()); d != "" {
+			t.Errorf("calls (-want +got):\n%s", d)
+		}
+	})
+}
+
+// TestSnapshot stops a gateway and starts it again with upstreams that are gone: what it knew it still knows, until it is
+// told to forget.
+func TestSnapshot(t *testing.T) {
+	l := startLab(t)
+	file := filepath.Join(t.TempDir(), "cache.bin")
+	text := everything(l) + "cache: {save: " + file + "}\n"
+	ask := func(g *Gateway, name string) *dns.Msg {
+		c := dns.Client{Timeout: 5 * time.Second}
+		resp, _, err := c.Exchange(new(dns.Msg).SetQuestion(name, dns.TypeA), g.Addrs()[0].Addr.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp
+	}
+	flush := func(g *Gateway, query string) string {
+		resp, err := http.Post("http://"+g.AdminAddr().String()+"/cache/flush"+query, "", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		var body bytes.Buffer
+		if _, err := body.ReadFrom(resp.Body); err != nil {
+			t.Fatal(err)
+		}
+		return body.String()
+	}
+	cfg := load(t, l, text)
+	run := func(f func(g *Gateway)) string {
+		var log lines
+		g, err := New(cfg, Options{Logger: log.logger()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		if err := g.Start(ctx); err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		go func() { done <- g.Run(ctx) }()
+		<-g.snapshot.loaded
+		f(g)
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		return log.String()
+	}
+	run(func(g *Gateway) {
+		for _, name := range []string{"a.load.lab.test.", "b.load.lab.test.", "b.lab.test."} {
+			if resp := ask(g, name); len(resp.Answer) == 0 {
+				t.Fatalf("got no answer for %s:\n%v", name, resp)
+			}
+		}
+	})
+	info, err := os.Stat(file)
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Fatalf("got %v, %v, want a file for its owner alone", info, err)
+	}
+	before := l.Server("tier1").Queries() + l.Server("tier2").Queries()
+	log := run(func(g *Gateway) {
+		for _, name := range []string{"A.load.lab.test.", "b.load.lab.test.", "b.lab.test."} {
+			if resp := ask(g, name); len(resp.Answer) == 0 {
+				t.Errorf("got no answer for %s:\n%v", name, resp)
+			}
+		}
+		if n := l.Server("tier1").Queries() + l.Server("tier2").Queries() - before; n != 0 {
+			t.Errorf("%d questions went upstream, want none", n)
+		}
+		for _, f := range []struct{ query, want string }{
+			{"?name=a.lab.test", "{\"flushed\": 0}\n"}, {"?name=load.lab.test", "{\"flushed\": 0}\n"},
+			{"?name=LOAD.lab.test.&below=true", "{\"flushed\": 2}\n"}, {"?name=a..b", "{\"error\":\"name: a label is empty: two dots follow each other, or one stands in front\"}\n"},
+			{"", "{\"flushed\": 1}\n"}, {"", "{\"flushed\": 0}\n"},
+		} {
+			if got := flush(g, f.query); got != f.want {
+				t.Errorf("flush %s: got %q, want %q", f.query, got, f.want)
+			}
+		}
+	})
+	if want := `msg="the saved cache is loaded" file=` + file + " entries=3 "; !strings.Contains(log, want) {
+		t.Errorf("got log %q, want %q in it", log, want)
+	}
+	if log := run(func(*Gateway) {}); !strings.Contains(log, "entries=0 ") {
+		t.Errorf("what was flushed came back: %s", log)
+	}
+	if err := os.WriteFile(file, []byte("not a cache"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	log = run(func(g *Gateway) {
+		if resp := ask(g, "b.lab.test."); len(resp.Answer) == 0 {
+			t.Errorf("got no answer:\n%v", resp)
+		}
+	})
+	if strings.Count(log, "level=WARN") != 1 || !strings.Contains(log, "the saved cache is ignored") {
+		t.Errorf("got log %q, want one warning", log)
+	}
+}
+
+// TestFlushWithoutCache asks for a flush where there is nothing.
+func TestFlushWithoutCache(t *testing.T) {
+	l := startLab(t)
+	g := runGateway(t, load(t, l, everything(l)+"cache: off\n"))
+	resp, err := http.Post("http://"+g.AdminAddr().String()+"/cache/flush", "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusConflict {
+		t.Errorf("got %s, want %d", resp.Status, http.StatusConflict)
+	}
+}
