@@ -194,17 +194,6 @@ type h2Scratch struct {
 
 var h2Scratches = sync.Pool{New: func() any { return new(h2Scratch) }}
 
-var misses = sync.Pool{New: func() any { return new(miss) }}
-
-// newMiss returns q, whose message is msg, with memory of its own.
-func newMiss(q *wire.Query, msg []byte) *miss {
-	m := misses.Get().(*miss)
-	m.in = append(m.in[:0], msg...)
-	m.q = *q
-	m.q.Parse(m.in)
-	return m
-}
-
 // newH2 returns the machine of a connection that nothing has come on.
 func newH2(p *peer, d *doh) *h2 {
 	return &h2{

@@ -133,9 +133,6 @@ func (c *h2Conn) input(data []byte) (rest []byte, err error) {
 	return data, err
 }
 
-// turns has the memory of connections that have something to say; idle ones have none.
-var turns = sync.Pool{New: func() any { return new(turn) }}
-
 // turn returns c.t. Whoever calls it calls flush next, which gives it back. mu is held.
 func (c *h2Conn) turn() *turn {
 	if c.t == nil {

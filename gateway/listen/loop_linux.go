@@ -33,8 +33,8 @@ const (
 	never = math.MaxInt64
 )
 
-// loops are the loops of one listener, guarded by streams.mu.
-type loops struct {
+// loopSet is the loops of one listener, guarded by streams.mu.
+type loopSet struct {
 	started bool
 	all     []*loop
 	next    int
@@ -43,7 +43,7 @@ type loops struct {
 
 // start starts a loop for each core when there is the first connection for them. Where descriptors have run out there are
 // fewer, or none: connections have a goroutine then. streams.mu is held.
-func (ls *loops) start(s *streams) {
+func (ls *loopSet) start(s *streams) {
 	ls.started = true
 	for i := range runtime.GOMAXPROCS(0) {
 		l, err := newLoop(s, uint8(i))
@@ -57,7 +57,7 @@ func (ls *loops) start(s *streams) {
 }
 
 // add gives a connection to a loop, unless it is not one of those that loops can have. streams.mu is held.
-func (ls *loops) add(s *streams, nc net.Conn, tc *tls.Conn, m machine) bool {
+func (ls *loopSet) add(s *streams, nc net.Conn, tc *tls.Conn, m machine) bool {
 	lc, ok := nc.(*limitedConn)
 	if !ok {
 		return false
@@ -99,18 +99,18 @@ func (ls *loops) add(s *streams, nc net.Conn, tc *tls.Conn, m machine) bool {
 }
 
 // drain implements streams.drain. streams.mu is held.
-func (ls *loops) drain() { ls.tell(func(l *loop) { l.draining = true }) }
+func (ls *loopSet) drain() { ls.tell(func(l *loop) { l.draining = true }) }
 
 // abort implements streams.abort. streams.mu is held.
-func (ls *loops) abort() { ls.tell(func(l *loop) { l.aborted = true }) }
+func (ls *loopSet) abort() { ls.tell(func(l *loop) { l.aborted = true }) }
 
 // stop ends the loops, which have no connections any more.
-func (ls *loops) stop() {
+func (ls *loopSet) stop() {
 	ls.tell(func(l *loop) { l.stopped = true })
 	ls.wg.Wait()
 }
 
-func (ls *loops) tell(what func(l *loop)) {
+func (ls *loopSet) tell(what func(l *loop)) {
 	for _, l := range ls.all {
 		l.mu.Lock()
 		what(l)

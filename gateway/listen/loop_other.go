@@ -7,10 +7,10 @@ import (
 	"net"
 )
 
-// loops are there on Linux only: every connection has a goroutine here.
-type loops struct{}
+// loopSet is empty here: every connection has a goroutine.
+type loopSet struct{}
 
-func (*loops) add(*streams, net.Conn, *tls.Conn, machine) bool { return false }
-func (*loops) drain()                                          {}
-func (*loops) abort()                                          {}
-func (*loops) stop()                                           {}
+func (*loopSet) add(*streams, net.Conn, *tls.Conn, machine) bool { return false }
+func (*loopSet) drain()                                          {}
+func (*loopSet) abort()                                          {}
+func (*loopSet) stop()                                           {}

@@ -46,7 +46,7 @@ type streams struct {
 	mu       sync.Mutex
 	draining bool
 	conns    map[*streamConn]struct{}
-	loops    loops
+	loops    loopSet
 }
 
 func newStreams(ctx context.Context, c *Common, limit *connLimit, idle, message time.Duration) *streams {
