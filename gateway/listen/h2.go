@@ -153,7 +153,6 @@ type h2 struct {
 	bodies        int   // octets in streams that are not whole
 	held          int   // octets in streams that wait for the window
 	budget        int
-	answered      uint64 // responses that were begun, for who drives it to see that requests come to their end
 }
 
 // streamState is what a stream waits for.
@@ -859,7 +858,7 @@ func (c *h2) leave(st *h2Stream) {
 // respond sends a response, or as much of it as the client's windows let us.
 func (c *h2) respond(t *turn, id uint32, st *h2Stream, r *reply, now int64) error {
 	c.earn(gainRequest)
-	c.answered++
+	t.served++
 	c.leave(st)
 	at := len(t.out)
 	t.out = c.doh.appendHeader(appendFrame(t.out, 0, frameHeaders, flagEndHeaders, id), r, now)
