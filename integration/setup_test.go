@@ -41,6 +41,13 @@ func newSetup(t *testing.T, y yaml) *setup {
 // start fills in s. What y returns may name the lab's servers, which are there by then.
 func (s *setup) start(t *testing.T, y func() yaml) {
 	t.Helper()
+	s.prepare(t)
+	s.gateway = startGateway(t, s.config(y()))
+}
+
+// prepare fills in s but for the gateway.
+func (s *setup) prepare(t *testing.T) {
+	t.Helper()
 	l, err := lab.Start(context.WithoutCancel(t.Context()), lab.Config{})
 	if err != nil {
 		t.Fatal(err)
@@ -57,7 +64,6 @@ func (s *setup) start(t *testing.T, y func() yaml) {
 		}
 	}
 	s.plain, s.dot, s.doh, s.doq, s.admin = freePort(t), freePort(t), freePort(t), freePort(t), freePort(t)
-	s.gateway = startGateway(t, s.config(y()))
 }
 
 // file returns the path of a file of the setup.

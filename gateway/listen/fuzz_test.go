@@ -104,7 +104,7 @@ func FuzzStream(f *testing.F) {
 	s := newStream(cfg, newPipes())
 	f.Fuzz(func(t *testing.T, octets, cuts []byte) {
 		conn := &script{in: octets, cuts: cuts}
-		newStreamConn(s, conn).serve()
+		newStreamConn(s.streams, conn, nil, newDNSMachine(newPeer(&s.cfg.Common, conn, wire.TCP), s.cfg.Pipeline)).serve()
 		var want []byte
 		for rest := octets; len(rest) >= 2; {
 			n := int(rest[0])<<8 | int(rest[1])

@@ -153,7 +153,6 @@ type h2 struct {
 	bodies        int   // octets in streams that are not whole
 	held          int   // octets in streams that wait for the window
 	budget        int
-	answered      uint64 // responses that were begun, for who drives it to see that requests come to their end
 }
 
 // streamState is what a stream waits for.
@@ -193,17 +192,6 @@ type h2Scratch struct {
 }
 
 var h2Scratches = sync.Pool{New: func() any { return new(h2Scratch) }}
-
-var misses = sync.Pool{New: func() any { return new(miss) }}
-
-// newMiss returns q, whose message is msg, with memory of its own.
-func newMiss(q *wire.Query, msg []byte) *miss {
-	m := misses.Get().(*miss)
-	m.in = append(m.in[:0], msg...)
-	m.q = *q
-	m.q.Parse(m.in)
-	return m
-}
 
 // newH2 returns the machine of a connection that nothing has come on.
 func newH2(p *peer, d *doh) *h2 {
@@ -870,7 +858,7 @@ func (c *h2) leave(st *h2Stream) {
 // respond sends a response, or as much of it as the client's windows let us.
 func (c *h2) respond(t *turn, id uint32, st *h2Stream, r *reply, now int64) error {
 	c.earn(gainRequest)
-	c.answered++
+	t.served++
 	c.leave(st)
 	at := len(t.out)
 	t.out = c.doh.appendHeader(appendFrame(t.out, 0, frameHeaders, flagEndHeaders, id), r, now)

@@ -16,6 +16,8 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 	"golang.org/x/sync/errgroup"
+
+	"dnsgateway/gateway/wire"
 )
 
 // HTTPSConfig configures a DoH listener.
@@ -63,9 +65,9 @@ type HTTPS struct {
 	// The TCP side, nil with h3 alone.
 	ln      *acceptor
 	tls     *tls.Config
-	h2conns map[*h2Conn]struct{} // guarded by life.mu
-	wg      sync.WaitGroup       // connections before and in HTTP/2
-	srv     *http.Server         // HTTP/1.1, nil without h1
+	streams *streams       // HTTP/2
+	wg      sync.WaitGroup // connections before and in HTTP/2
+	srv     *http.Server   // HTTP/1.1, nil without h1
 	h1      *handover
 	// The HTTP/3 side, nil without h3.
 	udp    *net.UDPConn
@@ -81,7 +83,7 @@ func ListenHTTPS(ctx context.Context, cfg HTTPSConfig) (*HTTPS, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &HTTPS{cfg: cfg, limit: newConnLimit(cfg.Limits), h2conns: make(map[*h2Conn]struct{})}
+	s := &HTTPS{cfg: cfg, limit: newConnLimit(cfg.Limits)}
 	ln, err := s.bind(ctx, versions["h1"] || versions["h2"], versions["h3"])
 	if err != nil {
 		return nil, err
@@ -101,6 +103,7 @@ func ListenHTTPS(ctx context.Context, cfg HTTPSConfig) (*HTTPS, error) {
 	}
 	if ln != nil {
 		s.ln = newAcceptor(ln, s.limit, cfg.Logger)
+		s.streams = newStreams(s.ctx, &s.doh.cfg, s.limit, cfg.Idle, bodyTimeout)
 		s.newTCP(versions)
 	}
 	return s, nil
@@ -291,7 +294,10 @@ func (s *HTTPS) side(serve func() error) error {
 
 // serveTCP serves HTTP/1.1 and HTTP/2 until Shutdown, and then drains.
 func (s *HTTPS) serveTCP() error {
-	defer s.wg.Wait()
+	defer func() {
+		s.wg.Wait()
+		s.streams.wait()
+	}()
 	var h1 sync.WaitGroup
 	defer h1.Wait()
 	if s.srv != nil {
@@ -310,9 +316,7 @@ func (s *HTTPS) serveTCP() error {
 		s.closeTCP()
 		return net.ErrClosed
 	}
-	for _, c := range s.allH2() {
-		s.wg.Go(c.drain)
-	}
+	s.streams.drain()
 	if s.srv != nil {
 		ctx, cancel := s.patience()
 		defer cancel()
@@ -325,7 +329,7 @@ func (s *HTTPS) serveTCP() error {
 // serveConn makes the handshake, until ctx is done, and gives the connection to who speaks its protocol. One without ALPN is
 // HTTP/1.1.
 func (s *HTTPS) serveConn(ctx context.Context, nc net.Conn) {
-	conn := tls.Server(nc, s.tls)
+	conn := secure(nc, s.tls)
 	ctx, cancel := context.WithTimeout(ctx, headerTimeout)
 	err := conn.HandshakeContext(ctx)
 	cancel()
@@ -334,16 +338,8 @@ func (s *HTTPS) serveConn(ctx context.Context, nc net.Conn) {
 		s.cfg.Logger.Debug("TLS handshake", "client", addrPort(nc.RemoteAddr()), "err", err)
 		_ = nc.Close()
 	case conn.ConnectionState().NegotiatedProtocol == alpnHTTP2:
-		c := s.startH2(conn)
-		if c == nil {
-			_ = nc.Close()
-			return
-		}
-		c.arm(false)
-		c.serve()
-		s.mu.Lock()
-		delete(s.h2conns, c)
-		s.mu.Unlock()
+		p := newPeer(&s.doh.cfg, nc, wire.DoH)
+		s.streams.add(nc, conn, newH2(&p, s.doh))
 	case s.h1 != nil:
 		s.h1.give(conn)
 	default:
@@ -426,7 +422,7 @@ func (s *HTTPS) closeTCP() {
 	if s.srv != nil {
 		_ = s.srv.Close()
 	}
-	for _, c := range s.allH2() {
-		_ = c.raw.Close()
+	if s.streams != nil {
+		s.streams.abort()
 	}
 }

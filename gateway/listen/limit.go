@@ -108,7 +108,7 @@ func (a *acceptor) Accept() (net.Conn, error) {
 			_ = nc.Close()
 			continue
 		}
-		return &limitedConn{Conn: nc, release: func() { a.limit.release(client) }}, nil
+		return &limitedConn{Conn: nc, limit: a.limit, client: client}, nil
 	}
 }
 
@@ -121,15 +121,22 @@ func (a *acceptor) Close() error {
 // limitedConn gives its place back when it is closed.
 type limitedConn struct {
 	net.Conn
-	once    sync.Once
-	release func()
+	limit  *connLimit
+	client netip.Addr
+	once   sync.Once
 }
 
 // Close implements net.Conn.
 func (c *limitedConn) Close() error {
 	err := c.Conn.Close()
-	c.once.Do(c.release)
+	c.once.Do(func() { c.limit.release(c.client) })
 	return err
+}
+
+// leave closes c, but its place is taken until whoever calls this has released it.
+func (c *limitedConn) leave() {
+	c.once.Do(func() {})
+	_ = c.Conn.Close()
 }
 
 // CloseWrite sends FIN where the connection has that.

@@ -1,7 +1,9 @@
 package listen
 
 import (
+	"net"
 	"net/netip"
+	"sync"
 
 	"dnsgateway/gateway/wire"
 )
@@ -35,6 +37,10 @@ type peer struct {
 	transport wire.Transport
 }
 
+func newPeer(c *Common, nc net.Conn, tr wire.Transport) peer {
+	return peer{common: c, client: addrPort(nc.RemoteAddr()), local: addrPort(nc.LocalAddr()), transport: tr}
+}
+
 // turn is one call of a machine: memory that belongs to the goroutine that drives it and is used again for the next turn
 // of any connection.
 type turn struct {
@@ -42,6 +48,27 @@ type turn struct {
 	out    []byte
 	misses []*miss
 	lane   uint8 // see wire.Query.Lane
+	// received is when what input gets was read, for wire.Query.Received.
+	received int64
+	// full is set by input when it has stopped because too much is under way: the driver reads no more until a miss has
+	// come back.
+	full bool
+	// served counts the queries that have come to their end. A client that brings none to its end is slow.
+	served int
+	cipher []byte // the driver's: TLS records that are to be sent
+}
+
+// turns has the memory of those who have something to say now and then.
+var turns = sync.Pool{New: func() any { return new(turn) }}
+
+// trim lets go of what a giant answer has left.
+func (t *turn) trim() {
+	if cap(t.out) > 2*flushSize {
+		t.out = nil
+	}
+	if cap(t.cipher) > 4*flushSize {
+		t.cipher = nil
+	}
 }
 
 // miss is a query that has to be resolved, with everything that its answer needs. It belongs to its machine until that
@@ -52,4 +79,27 @@ type miss struct {
 	out    []byte // room for the response
 	stream uint32 // HTTP/2: the stream that asked
 	form   uint8  // HTTP/2: the form of the answer
+
+	// The driver's.
+	response []byte // what Resolve gave, nil for nothing
+	next     *miss  // see flow.back
+}
+
+var misses = sync.Pool{New: func() any { return new(miss) }}
+
+// newMiss returns q, whose message is msg, with memory of its own.
+func newMiss(q *wire.Query, msg []byte) *miss {
+	m := misses.Get().(*miss)
+	m.in = append(m.in[:0], msg...)
+	m.q = *q
+	m.q.Parse(m.in)
+	return m
+}
+
+// free ends m, unless it holds too much to be kept.
+func (m *miss) free() {
+	m.response, m.next = nil, nil
+	if cap(m.in) <= keepBuffer && cap(m.out) <= keepBuffer {
+		misses.Put(m)
+	}
 }

@@ -41,12 +41,11 @@ const (
 // section 3.2): a TLS connection meant for another protocol must not be taken for DNS. RFC 7858 asks for no ALPN, so a
 // client that offers none is welcome.
 type Stream struct {
-	cfg   StreamConfig
-	ln    *acceptor
-	addr  net.Addr
-	conns map[*streamConn]struct{} // guarded by life.mu
-	wg    sync.WaitGroup           // connections; each waits for its own misses
-	jobs  sync.Pool                // of *job
+	cfg     StreamConfig
+	ln      *acceptor
+	addr    net.Addr
+	streams *streams
+	shaking sync.WaitGroup // handshakes
 	life
 }
 
@@ -97,14 +96,17 @@ func serverTLS(cfg *tls.Config, alpn ...string) *tls.Config {
 	cfg = cfg.Clone()
 	cfg.MinVersion = max(cfg.MinVersion, tls.VersionTLS12)
 	cfg.NextProtos = alpn
+	// All answers that are sent at once are one record: they are there already, and small records would only cost.
+	cfg.DynamicRecordSizingDisabled = true
 	return cfg
 }
 
 func newStream(cfg StreamConfig, ln net.Listener) *Stream {
-	s := &Stream{cfg: cfg, addr: ln.Addr(), conns: make(map[*streamConn]struct{})}
-	s.ln = newAcceptor(ln, newConnLimit(cfg.Limits), cfg.Logger)
-	s.jobs.New = func() any { return new(job) }
+	s := &Stream{cfg: cfg, addr: ln.Addr()}
 	s.init()
+	limit := newConnLimit(cfg.Limits)
+	s.ln = newAcceptor(ln, limit, cfg.Logger)
+	s.streams = newStreams(s.ctx, &s.cfg.Common, limit, cfg.Idle, cfg.Message)
 	return s
 }
 
@@ -120,26 +122,39 @@ func (s *Stream) Serve() error {
 		return nil
 	}
 	defer s.end()
+	shaking, cancel := context.WithCancel(s.ctx)
 	for {
 		nc, err := s.ln.Accept()
 		if err != nil {
 			break
 		}
-		c := newStreamConn(s, nc)
-		if !s.track(c) {
-			_ = nc.Close()
-			break
+		if s.cfg.TLS == nil {
+			s.streams.add(nc, nil, newDNSMachine(newPeer(&s.cfg.Common, nc, wire.TCP), s.cfg.Pipeline))
+			continue
 		}
-		s.wg.Go(func() {
-			defer s.untrack(c)
-			c.serve()
-		})
+		s.shaking.Go(func() { s.handshake(shaking, nc) })
 	}
-	s.wg.Wait()
+	cancel() // no query of these has been read
+	s.shaking.Wait()
+	s.streams.wait()
 	if !s.halted() {
 		return net.ErrClosed
 	}
 	return nil
+}
+
+// handshake makes nc a TLS connection, until ctx is done.
+func (s *Stream) handshake(ctx context.Context, nc net.Conn) {
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.Handshake)
+	defer cancel()
+	tc := secure(nc, s.cfg.TLS)
+	p := newPeer(&s.cfg.Common, nc, wire.DoT)
+	if err := tc.HandshakeContext(ctx); err != nil {
+		s.cfg.Logger.Debug("TLS handshake", "client", p.client, "err", err)
+		_ = nc.Close()
+		return
+	}
+	s.streams.add(nc, tc, newDNSMachine(p, s.cfg.Pipeline))
 }
 
 // Shutdown implements Server. Queries that a connection has read are answered before it is closed.
@@ -150,46 +165,7 @@ func (s *Stream) Shutdown(ctx context.Context) error {
 		return nil
 	}
 	if first {
-		for _, c := range s.all() {
-			c.drain()
-		}
+		s.streams.drain()
 	}
-	return s.wait(ctx, func() {
-		for _, c := range s.all() {
-			_ = c.raw.Close()
-		}
-	})
-}
-
-func (s *Stream) track(c *streamConn) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.stopping {
-		return false
-	}
-	s.conns[c] = struct{}{}
-	return true
-}
-
-func (s *Stream) untrack(c *streamConn) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.conns, c)
-}
-
-func (s *Stream) all() []*streamConn {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	all := make([]*streamConn, 0, len(s.conns))
-	for c := range s.conns {
-		all = append(all, c)
-	}
-	return all
-}
-
-// job is a miss with everything that its answer needs; it belongs to the goroutine that resolves it.
-type job struct {
-	in  []byte
-	out []byte
-	q   wire.Query
+	return s.wait(ctx, s.streams.abort)
 }

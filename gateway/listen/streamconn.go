@@ -1,13 +1,10 @@
 package listen
 
 import (
-	"context"
 	"crypto/tls"
-	"encoding/binary"
 	"errors"
 	"io"
 	"net"
-	"net/netip"
 	"os"
 	"sync"
 	"time"
@@ -15,79 +12,41 @@ import (
 	"dnsgateway/gateway/wire"
 )
 
-const (
-	// prefixLen is the two-octet length field in front of every message, RFC 1035, section 4.2.2.
-	prefixLen = 2
-	// readSize is the first read buffer: dozens of queries. It grows to hold one whole message when that is longer.
-	readSize = 4 << 10
-	// flushSize is how much is collected before it is written although more queries are waiting.
-	flushSize = 16 << 10
-	// maxPending is how much may wait for a writer before the connection is no longer read.
-	maxPending = 64 << 10
-	// maxUnsent is how much may wait for a writer at all: misses that are in flight already append their answers
-	// although the connection is no longer read, 100 of 64 KiB each in the worst case. Hits alone stay below 144 KiB,
-	// which is maxPending, flushSize and one answer of 64 KiB; what is left holds a pipeline of ordinary answers. A
-	// client that has more waiting, behind kernel buffers that are full, does not read.
-	maxUnsent = 4 * maxPending
-)
-
-// streamConn is one TCP or DoT connection.
-//
-// One goroutine reads it and answers hits into a buffer that it writes when no whole message is left to serve. Misses
-// have a goroutine each. Whoever has bytes to send while nobody writes becomes the writer, and writes on until nothing
-// is pending; the others append to pending and go. So answers leave in the order in which they are ready, several in
-// one segment when there are several (RFC 7766, sections 6.2.1.1 and 8), and no goroutine is there only to write.
+// streamConn is a connection with a goroutine of its own, which reads it and answers hits. Whoever has bytes to send while
+// nobody writes becomes the writer, and writes on until nothing is pending; the others append to pending and go. So
+// answers leave in the order in which they are ready, several in one segment when there are several, and no goroutine is
+// there only to write.
 type streamConn struct {
-	s         *Stream
-	raw       net.Conn // the accepted connection
-	nc        net.Conn // raw, or TLS over it
-	client    netip.AddrPort
-	local     netip.AddrPort
-	transport wire.Transport
+	flow
+	raw net.Conn // the accepted connection
+	nc  net.Conn // raw, or TLS over it
 
 	// The reader's own.
-	q       wire.Query
+	t       turn
 	buf     []byte
-	out     []byte
-	partial time.Time // also read under mu; when the first octet of an unfinished message came, else zero
+	partial time.Time // also read under mu; when the first octet of what is unfinished came, else zero
 
-	mu       sync.Mutex
-	changed  sync.Cond // any of the below has changed
-	inflight int       // misses without an answer
+	changed  sync.Cond // any of the below has changed, or a miss has come back
 	writing  bool
-	pending  []byte // complete, framed answers for the one who writes
+	pending  []byte // for the one who writes
 	spare    []byte
 	broken   bool // nothing can be written any more
 	draining bool
-	talking  bool // the handshake is over
+	leaving  bool // the machine has said goodbye
 }
 
-func newStreamConn(s *Stream, nc net.Conn) *streamConn {
-	c := &streamConn{
-		s: s, raw: nc, nc: nc, client: addrPort(nc.RemoteAddr()), local: addrPort(nc.LocalAddr()), transport: wire.TCP,
-	}
+func newStreamConn(s *streams, raw net.Conn, tc *tls.Conn, m machine) *streamConn {
+	c := &streamConn{flow: flow{s: s, m: m}, raw: raw, nc: raw}
 	c.changed.L = &c.mu
-	if s.cfg.TLS != nil {
-		c.nc, c.transport = tls.Server(nc, s.cfg.TLS), wire.DoT
+	if tc != nil {
+		c.nc = tc
 	}
 	return c
 }
 
-// serve runs the connection from the handshake to the end.
+// serve runs the connection to the end.
 func (c *streamConn) serve() {
 	defer c.raw.Close()
-	if t, ok := c.nc.(*tls.Conn); ok {
-		ctx, cancel := context.WithTimeout(c.s.ctx, c.s.cfg.Handshake)
-		err := t.HandshakeContext(ctx)
-		cancel()
-		if err != nil {
-			c.s.cfg.Logger.Debug("TLS handshake", "client", c.client, "err", err)
-			return
-		}
-	}
-	c.mu.Lock()
-	c.talking = true
-	c.mu.Unlock()
 	c.read()
 	c.finish()
 }
@@ -95,44 +54,74 @@ func (c *streamConn) serve() {
 // read serves queries until the client has no more, breaks the rules, or has been idle for too long, or until drain.
 func (c *streamConn) read() {
 	c.buf = make([]byte, readSize)
-	begin, end := 0, 0
+	have := 0
+	c.arm(0, 0)
 	for {
-		served := 0
-		for end-begin >= prefixLen {
-			n := int(binary.BigEndian.Uint16(c.buf[begin:]))
-			if end-begin < prefixLen+n {
-				break
-			}
-			begin += prefixLen
-			if !c.query(c.buf[begin : begin+n]) {
-				return
-			}
-			begin += n
-			served++
-		}
-		if !c.flush() {
+		n, err := c.nc.Read(c.buf[have:])
+		have += n
+		if err != nil && n == 0 && !c.goOn(err) {
 			return
 		}
-		end = copy(c.buf, c.buf[begin:end])
-		begin = 0
-		c.makeRoom(end)
-		c.arm(served, end)
-		n, err := c.nc.Read(c.buf[end:])
-		end += n
-		if err != nil && n == 0 && !c.idling(err) {
+		if n == 0 {
+			continue
+		}
+		c.t.received, c.t.served = time.Now().UnixNano(), 0
+		var going bool
+		if !c.safely(func() { have, going = c.feed(have) }) || !going {
 			return
 		}
+		c.makeRoom(have)
+		c.arm(c.t.served, have)
 	}
 }
 
-// makeRoom lets there be room to read behind what is there, which is no whole message, and gives a large buffer back when
-// it is empty. The buffer doubles as octets arrive, and is not made as long as a length prefix promises: two octets of a
-// client that sends no more must not cost us 64 KiB.
+// feed gives the machine the first have octets of buf and returns how many are left over, and false when the connection is
+// beyond use. It waits while too much is under way or pending: a client that does not read is not read.
+func (c *streamConn) feed(have int) (left int, ok bool) {
+	t := &c.t
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for rest := c.buf[:have]; !c.broken; {
+		t.full = false
+		used, err := c.m.input(t, rest)
+		rest = rest[used:]
+		for i, m := range t.misses {
+			t.misses[i] = nil
+			c.s.wg.Add(1)
+			go c.miss(m)
+		}
+		t.misses = t.misses[:0]
+		said := len(t.out) > 0
+		if used == 0 || len(rest) == 0 || len(t.out) >= flushSize {
+			c.flush(t)
+		}
+		if err != nil {
+			c.s.common.Logger.Debug("connection", "client", c.raw.RemoteAddr(), "err", err)
+			return 0, false
+		}
+		for c.writing && len(c.pending) > maxPending && !c.broken {
+			c.changed.Wait()
+		}
+		switch {
+		case used > 0 && len(rest) > 0 || said && len(rest) > 0:
+		case t.full && c.m.underWay() > 0:
+			for before := c.m.underWay(); c.m.underWay() >= before && !c.broken; {
+				c.changed.Wait()
+			}
+		default:
+			return copy(c.buf, rest), !c.broken
+		}
+	}
+	return 0, false
+}
+
+// makeRoom lets there be room to read behind what is there, and gives a large buffer back when it is empty. The buffer
+// doubles as octets arrive, and is not made as long as a length prefix promises: two octets of a client that sends no
+// more must not cost us 64 KiB.
 func (c *streamConn) makeRoom(have int) {
 	switch {
 	case have == len(c.buf):
-		need := prefixLen + int(binary.BigEndian.Uint16(c.buf)) // more than have, or it would be a whole message
-		grown := make([]byte, min(need, 2*len(c.buf)))
+		grown := make([]byte, min(2*len(c.buf), prefixLen+wire.MaxMessage))
 		copy(grown, c.buf)
 		c.buf = grown
 	case have == 0 && len(c.buf) > readSize:
@@ -140,118 +129,45 @@ func (c *streamConn) makeRoom(have int) {
 	}
 }
 
-// query serves one message, or starts a goroutine that does. It returns false when the connection is beyond use.
-func (c *streamConn) query(msg []byte) bool {
-	if !c.wait() {
-		return false
+// miss resolves m and, with others that are ready at the same time, answers it. If it becomes the writer and the client
+// does not read, those others wait with it until the write has had its time: they are not more than a pipeline.
+func (c *streamConn) miss(m *miss) {
+	defer c.s.wg.Done()
+	if !c.resolve(m) {
+		return
 	}
-	c.fill(&c.q, msg)
-	at := len(c.out)
-	out, verdict := c.s.cfg.serveWire(append(c.out, 0, 0), &c.q)
-	if verdict == wire.Answered && setPrefix(out[at:]) {
-		c.out = out
-	} else {
-		c.out = out[:at]
-	}
-	if verdict == wire.Miss {
-		j := c.s.jobs.Get().(*job)
-		j.in = append(j.in[:0], msg...)
-		c.fill(&j.q, j.in)
-		j.q.Received = c.q.Received
-		c.mu.Lock()
-		c.inflight++
-		c.mu.Unlock()
-		go c.resolve(j)
-	}
-	return len(c.out) < flushSize || c.flush()
-}
-
-// fill makes q the query in msg.
-func (c *streamConn) fill(q *wire.Query, msg []byte) {
-	q.Client, q.Local, q.Transport, q.Listener = c.client, c.local, c.transport, c.s.cfg.Name
-	q.Received = time.Now().UnixNano()
-	q.Parse(msg)
-}
-
-// setPrefix writes the length field of one message with room for it in front. It returns false for what cannot be sent:
-// nothing, or more than a length field can say.
-func setPrefix(framed []byte) bool {
-	n := len(framed) - prefixLen
-	if n <= 0 || n > wire.MaxMessage {
-		return false
-	}
-	binary.BigEndian.PutUint16(framed, uint16(n))
-	return true
-}
-
-// wait blocks while the connection has as many unanswered queries as it may have. What was answered is sent before.
-func (c *streamConn) wait() bool {
+	t := turns.Get().(*turn)
+	defer turns.Put(t)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.inflight < c.s.cfg.Pipeline {
-		return !c.broken
-	}
-	c.mu.Unlock()
-	ok := c.flush()
-	c.mu.Lock()
-	for ok && c.inflight >= c.s.cfg.Pipeline && !c.broken {
-		c.changed.Wait()
-	}
-	return ok && !c.broken
-}
-
-// resolve answers the miss in j, which it owns.
-func (c *streamConn) resolve(j *job) {
-	defer c.answered()
-	out, err := c.s.cfg.resolve(c.s.ctx, append(j.out[:0], 0, 0), &j.q)
-	if err == nil && setPrefix(out) {
-		c.write(out)
-	}
-	if cap(out) <= keepBuffer {
-		j.out = out
-	}
-	if cap(j.in) <= keepBuffer {
-		c.s.jobs.Put(j)
-	}
-}
-
-// answered takes a miss out of the count; with the last one the idle time begins.
-func (c *streamConn) answered() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.inflight--; c.inflight == 0 {
+	c.safely(func() {
+		c.collect(t, func() { c.flush(t) })
+		c.flush(t)
+	})
+	if c.m.underWay() == 0 {
 		c.setReadDeadline()
 	}
 	c.changed.Broadcast()
 }
 
-// flush sends the reader's answers. It blocks while too much is pending: a client that does not read is not read.
-func (c *streamConn) flush() bool {
-	if len(c.out) > 0 {
-		c.write(c.out)
-		if c.out = c.out[:0]; cap(c.out) > 2*flushSize {
-			c.out = nil
-		}
+// flush sends what is in t.out. mu is held.
+func (c *streamConn) flush(t *turn) {
+	if len(t.out) > 0 {
+		c.write(t.out)
+		t.out = t.out[:0]
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for c.writing && len(c.pending) > maxPending && !c.broken {
-		c.changed.Wait()
-	}
-	return !c.broken
+	t.trim()
 }
 
-// write sends b, which consists of whole framed answers, or leaves it to the goroutine that is writing. It does not keep
-// b.
+// write sends b, or leaves it to the goroutine that is writing. It does not keep b. mu is held, but not while the client
+// takes its time.
 func (c *streamConn) write(b []byte) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if c.broken {
 		return
 	}
 	if c.writing {
 		if len(c.pending)+len(b) > maxUnsent {
-			c.s.cfg.Logger.Debug("closing the connection of a client that does not read", "client", c.client)
+			c.s.common.Logger.Debug("closing the connection of a client that does not read", "client", c.raw.RemoteAddr())
 			c.broken = true
 			c.pending = nil
 			_ = c.raw.Close() // which ends the write that goes on
@@ -286,12 +202,12 @@ func (c *streamConn) write(b []byte) {
 	c.changed.Broadcast()
 }
 
-// arm sets the deadline for the next read: after served more messages, have octets of an unfinished one are there.
+// arm sets the deadline for the next read: after served more queries, have octets of an unfinished one are there.
 func (c *streamConn) arm(served, have int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
-	case have == 0:
+	case have == 0 && !c.m.open():
 		c.partial = time.Time{}
 	case served > 0 || c.partial.IsZero():
 		c.partial = time.Now()
@@ -306,43 +222,58 @@ func (c *streamConn) arm(served, have int) {
 func (c *streamConn) setReadDeadline() {
 	var at time.Time
 	switch {
-	case c.draining:
+	case c.leaving && !c.m.open():
+		at = time.Now()
+	case c.draining && !c.leaving:
 		return // drain has set it
 	case !c.partial.IsZero():
-		at = c.partial.Add(c.s.cfg.Message)
-	case c.inflight == 0:
-		at = time.Now().Add(c.s.cfg.Idle)
+		at = c.partial.Add(c.s.message)
+	case c.m.underWay() == 0:
+		at = time.Now().Add(c.s.idle)
 	}
 	_ = c.raw.SetReadDeadline(at)
 }
 
-// idling reports whether err is a deadline that no longer holds, and reading goes on.
-func (c *streamConn) idling(err error) bool {
+// goOn reports whether err is a deadline that does not end the reading: one that no longer holds, or that of drain while
+// the client has something to bring to its end.
+func (c *streamConn) goOn(err error) bool {
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		return false
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.inflight > 0 && c.partial.IsZero() && !c.draining && !c.broken
+	if c.draining && !c.leaving {
+		c.leave()
+		if c.m.open() {
+			c.setReadDeadline()
+			return !c.broken
+		}
+	}
+	return c.m.underWay() > 0 && c.partial.IsZero() && !c.draining && !c.broken
 }
 
-// drain makes the connection stop reading soon. During a handshake it ends at once: no query has been read.
+// leave has the machine say goodbye. mu is held.
+func (c *streamConn) leave() {
+	if !c.leaving {
+		c.leaving = true
+		c.m.drain(&c.t)
+		c.flush(&c.t)
+	}
+}
+
+// drain makes the connection stop reading soon.
 func (c *streamConn) drain() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.draining = true
-	if !c.talking {
-		_ = c.raw.Close()
-		return
-	}
 	_ = c.raw.SetReadDeadline(time.Now().Add(drainRead))
 }
 
 // finish waits for the answers of what was read, sends them, and says goodbye in the way that lets them arrive.
 func (c *streamConn) finish() {
-	_ = c.flush()
 	c.mu.Lock()
-	for c.inflight > 0 || c.writing && !c.broken {
+	c.safely(c.leave)
+	for c.m.underWay() > 0 || c.writing && !c.broken {
 		c.changed.Wait()
 	}
 	broken := c.broken

@@ -1,0 +1,94 @@
+package listen
+
+import (
+	"encoding/binary"
+
+	"dnsgateway/gateway/wire"
+)
+
+const (
+	// prefixLen is the two-octet length field in front of every message, RFC 1035, section 4.2.2.
+	prefixLen = 2
+	// flushSize is how much is collected before it is written although more queries are waiting.
+	flushSize = 16 << 10
+)
+
+// dnsMachine is DNS over a stream: messages with a length in front (RFC 1035, section 4.2.2), any number of them at once
+// (RFC 7766, section 6.2.1.1), and answers in the order in which they are ready.
+type dnsMachine struct {
+	peer
+	pipeline int // how many misses may be under way
+	misses   int
+}
+
+func newDNSMachine(p peer, pipeline int) *dnsMachine { return &dnsMachine{peer: p, pipeline: pipeline} }
+
+// input implements machine.
+func (d *dnsMachine) input(t *turn, data []byte) (used int, err error) {
+	for len(t.out) < flushSize {
+		rest := data[used:]
+		if len(rest) < prefixLen {
+			break
+		}
+		end := prefixLen + int(binary.BigEndian.Uint16(rest))
+		if len(rest) < end {
+			break
+		}
+		if d.misses >= d.pipeline {
+			t.full = true
+			break
+		}
+		d.query(t, rest[prefixLen:end])
+		used += end
+	}
+	return used, nil
+}
+
+// query answers one message, or makes it a miss.
+func (d *dnsMachine) query(t *turn, msg []byte) {
+	t.served++
+	q := &t.q
+	q.Client, q.Local, q.Transport, q.Listener = d.client, d.local, d.transport, d.common.Name
+	q.Received, q.Lane = t.received, t.lane
+	q.Parse(msg)
+	at := len(t.out)
+	out, verdict := d.common.serveWire(append(t.out, 0, 0), q)
+	if verdict != wire.Answered || !setPrefix(out[at:]) {
+		out = out[:at]
+	}
+	t.out = out
+	if verdict == wire.Miss {
+		d.misses++
+		t.misses = append(t.misses, newMiss(q, msg))
+	}
+}
+
+// answer implements machine.
+func (d *dnsMachine) answer(t *turn, _ *miss, msg []byte) {
+	d.misses--
+	at := len(t.out)
+	t.out = append(append(t.out, 0, 0), msg...)
+	if !setPrefix(t.out[at:]) {
+		t.out = t.out[:at]
+	}
+}
+
+// drain implements machine: DNS has no word for it. RFC 8490 has one for sessions, and we have no sessions.
+func (*dnsMachine) drain(*turn) {}
+
+// open implements machine: a message is all there is to begin.
+func (*dnsMachine) open() bool { return false }
+
+// underWay implements machine.
+func (d *dnsMachine) underWay() int { return d.misses }
+
+// setPrefix writes the length field of one message with room for it in front. It returns false for what cannot be sent:
+// nothing, or more than a length field can say.
+func setPrefix(framed []byte) bool {
+	n := len(framed) - prefixLen
+	if n <= 0 || n > wire.MaxMessage {
+		return false
+	}
+	binary.BigEndian.PutUint16(framed, uint16(n))
+	return true
+}
