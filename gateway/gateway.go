@@ -157,6 +157,7 @@ func (g *Gateway) Run(ctx context.Context) error {
 	for _, u := range p.groups {
 		groups.Go(func() error { return u.Run(background) })
 	}
+	groups.Go(func() error { return p.pipeline.Run(background) })
 	endSnapshot := g.keep(background)
 	adminDone := make(chan struct{})
 	go func() {

@@ -66,6 +66,7 @@ func (g *Gateway) buildPolicy(cfg *config.Config) (_ *policy, err error) {
 	p.pipeline, err = pipeline.New(pipeline.Config{
 		Access: admit, Cache: g.cache, View: view(cfg), Groups: groups, Routes: routes, Chaos: cfg.Local.Chaos,
 		Inflight: cfg.Limits.Inflight,
+		Stale:    pipeline.StaleConfig{After: cfg.Cache.Stale.After, TTL: uint32(cfg.Cache.Stale.TTL / time.Second)},
 		Shape: wire.Shape{
 			UDPSize:   uint16(cfg.Limits.UDPSize),
 			Keepalive: keepalive(cfg.Limits.TCPIdle),

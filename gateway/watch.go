@@ -13,18 +13,19 @@ import (
 
 // queryObserver carries what the pipeline reports to the metrics.
 type queryObserver struct {
+	metrics    *observe.Metrics
 	transports [wire.NumTransports]*observe.Transport
 }
 
 func newQueryObserver(m *observe.Metrics) *queryObserver {
-	o := &queryObserver{}
+	o := &queryObserver{metrics: m}
 	for t := range wire.NumTransports {
 		o.transports[t] = m.Transport(t.String())
 	}
 	return o
 }
 
-// outcomes maps the pipeline's outcomes to the metrics'.
+// outcomes and events map the pipeline's to the metrics'.
 var outcomes = [pipeline.NumOutcomes]observe.Outcome{
 	pipeline.Hit:     observe.Hit,
 	pipeline.Miss:    observe.Miss,
@@ -32,12 +33,27 @@ var outcomes = [pipeline.NumOutcomes]observe.Outcome{
 	pipeline.Refused: observe.Refused,
 	pipeline.Dropped: observe.Dropped,
 	pipeline.Limited: observe.Limited,
+	pipeline.Stale:   observe.Stale,
+}
+
+var events = [pipeline.NumEvents]observe.Event{
+	pipeline.Coalesced: observe.Coalesced,
+	pipeline.Prefetch:  observe.Prefetch,
+	pipeline.Shed:      observe.Shed,
 }
 
 // Query implements pipeline.Observer.
-func (o *queryObserver) Query(t wire.Transport, rcode uint16, outcome pipeline.Outcome, d time.Duration) {
-	o.transports[t].Query(outcomes[outcome], rcode, d)
+func (o *queryObserver) Query(t wire.Transport, lane uint8, rcode uint16, outcome pipeline.Outcome) bool {
+	return o.transports[t].Query(lane, outcomes[outcome], rcode)
 }
+
+// Took implements pipeline.Observer.
+func (o *queryObserver) Took(t wire.Transport, lane uint8, outcome pipeline.Outcome, d time.Duration) {
+	o.transports[t].Took(lane, outcomes[outcome], d)
+}
+
+// Count implements pipeline.Observer.
+func (o *queryObserver) Count(e pipeline.Event) { o.metrics.Count(events[e]) }
 
 // upstreamObserver carries what the groups report to the metrics.
 type upstreamObserver struct{ metrics *observe.Metrics }
@@ -51,6 +67,7 @@ func (g *Gateway) cacheStats() observe.CacheStats {
 	s := g.cache.Stats()
 	return observe.CacheStats{
 		Entries: s.Entries, Bytes: s.Bytes, MaxBytes: s.MaxBytes, Evictions: s.Evictions,
+		Hits: g.metrics.Queries(observe.Hit), Misses: g.metrics.Queries(observe.Miss) + g.metrics.Queries(observe.Stale),
 	}
 }
 

@@ -456,24 +456,44 @@ func check(t *testing.T, c *Cache) {
 }
 
 // FuzzCache plays random operations and compares with a map that forgets nothing: what the cache has is what was put
-// last, it is never too old, and its TTLs never grow.
+// last, or a failure where nothing good was, it is never too old, and its TTLs never grow. A snapshot has all of it.
 func FuzzCache(f *testing.F) {
 	f.Add(uint64(1), uint16(500))
 	f.Add(uint64(2), uint16(5000))
 	f.Fuzz(func(t *testing.T, seed uint64, steps uint16) {
 		rnd := rand.New(rand.NewPCG(seed, 1))
-		c := newCache(t, Config{MaxBytes: MinBytes, MinTTL: time.Duration(rnd.IntN(3)) * time.Second, MaxTTL: 100 * time.Second})
+		config := Config{
+			MaxBytes: MinBytes, MinTTL: time.Duration(rnd.IntN(3)) * time.Second, MaxTTL: 100 * time.Second,
+			StaleFor: time.Duration(rnd.IntN(2)*rnd.IntN(200)) * time.Second, PrefetchHits: 2, PrefetchRemaining: 0.3,
+		}
+		staleFor := uint32(config.StaleFor / time.Second)
+		c := newCache(t, config)
 		type stored struct {
-			a   *wire.Answer
-			at  int64
-			age uint32
+			a      *wire.Answer
+			at     int64
+			age    uint32
+			failed int64
 		}
 		model := map[string]*stored{}
+		bad := servfail(t)
 		now := start
 		for range steps {
 			now += rnd.Int64N(second)
-			key := fmt.Append(nil, rnd.IntN(3000))
-			if rnd.IntN(2) == 0 {
+			key := keyOf(fmt.Sprint(rnd.IntN(3000)), 1, 0, 0)
+			switch rnd.IntN(20) {
+			case 0:
+				c.Fail(key, c.Hash(key), bad, now)
+				if m := model[string(key)]; m != nil {
+					m.failed = now
+				}
+				continue
+			case 1:
+				if n := c.FlushName(key[:len(key)-7], false); n > 1 {
+					t.Fatalf("%d entries for one key", n)
+				}
+				delete(model, string(key))
+				continue
+			case 2, 3, 4, 5, 6, 7, 8, 9:
 				a := answer(t, response(t, 0, fmt.Sprintf("a.example. %d TXT %s\na.example. %d A 192.0.2.1", 1+rnd.IntN(200),
 					strings.Repeat("x", 1+rnd.IntN(250)), rnd.IntN(200))))
 				if put := put(c, key, a, now); put != a {
@@ -481,20 +501,48 @@ func FuzzCache(f *testing.F) {
 				}
 				continue
 			}
-			got, age, ok := get(c, key, now)
+			f, ok := find(c, key, now)
 			if !ok {
 				continue
 			}
 			want := model[string(key)]
-			if want == nil || got != want.a || age < want.age || int64(age) != (now-want.at)/second {
-				t.Fatalf("key %s: age %d, want %+v", key, age, want)
+			if f.Answer.Rcode == 2 {
+				if want != nil && want.failed == 0 && (now-want.at)/second < int64(minTTL(want.a)+staleFor) && c.Stats().Evictions == 0 {
+					t.Fatalf("key %q: a failure in the place of %+v", key, want)
+				}
+				if f.Age >= failureLife || f.Stale || f.Prefetch {
+					t.Fatalf("key %q: a failure: %+v", key, f)
+				}
+				continue
 			}
-			if slices.Min(ttls(got)) <= age || slices.Max(ttls(got)) > 100 {
-				t.Fatalf("key %s: TTLs %v at age %d", key, ttls(got), age)
+			if want == nil || f.Answer != want.a || f.Age < want.age || int64(f.Age) != (now-want.at)/second {
+				t.Fatalf("key %q: %+v, want %+v", key, f, want)
 			}
-			want.age = age
+			low, high := minTTL(f.Answer), slices.Max(ttls(f.Answer))
+			if f.Stale != (f.Age >= low) || f.Stale && f.Age-low >= staleFor || high > 100 || f.Retry && !f.Stale || f.Prefetch && f.Stale {
+				t.Fatalf("key %q: TTLs %v in %+v", key, ttls(f.Answer), f)
+			}
+			if recent := want.failed > 0 && (now-want.failed)/second < recheckAfter-1; recent && (f.Retry || f.Prefetch) {
+				t.Fatalf("key %q: %+v so soon after a failure", key, f)
+			}
+			want.age = f.Age
 		}
 		check(t, c)
+
+		restored := newCache(t, config)
+		load(t, restored, save(t, c, now), now)
+		check(t, restored)
+		for key := range model {
+			want, wantOK := find(c, []byte(key), now)
+			if wantOK && want.Answer.Rcode == 2 {
+				continue
+			}
+			got, ok := find(restored, []byte(key), now)
+			if ok != wantOK && restored.Stats().Bytes < MinBytes*9/10 || ok && (!wantOK || got.Age != want.Age || got.Stale != want.Stale ||
+				!bytes.Equal(got.Answer.Msg, want.Answer.Msg) || !slices.Equal(got.Answer.TTLs, want.Answer.TTLs)) {
+				t.Fatalf("key %q: restored %+v, %v, want %+v, %v", key, got, ok, want, wantOK)
+			}
+		}
 	})
 }
 
@@ -587,36 +635,57 @@ func TestGetDoesNotAllocate(t *testing.T) {
 	}
 }
 
+// BenchmarkGet looks names up at random. With more names than the processor's caches hold, what it costs is the waiting for
+// memory: the slot, the entry, the key.
 func BenchmarkGet(b *testing.B) {
-	c := newCache(b, Config{MaxBytes: 64 << 20})
-	a := address(b, 3600)
-	keys := make([][]byte, 1<<15)
-	for i := range keys {
-		keys[i] = fmt.Appendf(nil, "\x08host%04x\x07example\x03org\x00aabcccc", i)
-		put(c, keys[i], a, start)
-	}
-	b.Run("serial", func(b *testing.B) {
-		b.ReportAllocs()
-		for i := 0; b.Loop(); i++ {
-			get(c, keys[i*7919%len(keys)], start)
+	for _, n := range []int{1_000, 100_000, 1_000_000} {
+		c := newCache(b, Config{MaxBytes: max(int64(n)*400, MinBytes)})
+		a := address(b, 3600)
+		const keyLen = 9 + 8 + 4 + 1 + 7
+		keys := make([]byte, 0, n*keyLen)
+		for i := range n {
+			keys = fmt.Appendf(keys, "\x08%08x\x07example\x03org\x00aabcccc", i)
+			put(c, keys[i*keyLen:], a, start)
 		}
-	})
-	b.Run("parallel", func(b *testing.B) {
-		b.ReportAllocs()
-		b.RunParallel(func(pb *testing.PB) {
-			for i := rand.Int(); pb.Next(); i++ {
-				get(c, keys[uint(i)*7919%uint(len(keys))], start)
+		if s := c.Stats(); s.Entries != int64(n) {
+			b.Fatalf("%d entries, want %d", s.Entries, n)
+		}
+		key := func(i uint32) []byte {
+			i = uint32(uint64(i*2654435769) * uint64(n) >> 32)
+			return keys[i*keyLen:][:keyLen]
+		}
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			b.ReportAllocs()
+			for i := uint32(0); b.Loop(); i++ {
+				find(c, key(i), start)
 			}
 		})
-	})
-	b.Run("parallel, one key", func(b *testing.B) {
-		b.ReportAllocs()
-		b.RunParallel(func(pb *testing.PB) {
-			for pb.Next() {
-				get(c, keys[0], start)
+		b.Run(fmt.Sprintf("%d/parallel", n), func(b *testing.B) {
+			b.ReportAllocs()
+			b.RunParallel(func(pb *testing.PB) {
+				for i := rand.Uint32(); pb.Next(); i++ {
+					find(c, key(i), start)
+				}
+			})
+		})
+		if n > 1_000 {
+			continue
+		}
+		b.Run("one name", func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				find(c, key(0), start)
 			}
 		})
-	})
+		b.Run("one name/parallel", func(b *testing.B) {
+			b.ReportAllocs()
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					find(c, key(0), start)
+				}
+			})
+		})
+	}
 }
 
 func BenchmarkPut(b *testing.B) {

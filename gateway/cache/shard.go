@@ -12,8 +12,8 @@ import (
 
 const (
 	// meanCost is what an entry is assumed to take when the tables are sized, in octets: the answer to a question for an
-	// address takes 288. Where it is wrong, chains are longer or slots empty.
-	meanCost = 256
+	// address takes 288, others more. Where it is wrong, chains are longer or slots empty.
+	meanCost = 360
 	// smallShare is the part of a shard that new entries pass through; the paper has 10 %.
 	smallShare = 10
 	// maxFrequency is as far as hits are counted for eviction; the paper has two bits.
@@ -251,8 +251,8 @@ type shard struct {
 	_         [64]byte // keeps the next shard's lock off this one's cache line
 }
 
-// slotsFor returns how many slots a shard of so many octets has: a power of two.
-func slotsFor(size int64) int { return 1 << (bits.Len64(uint64(size/meanCost)) - 1) }
+// slotsFor returns how many slots a shard of so many octets has: a power of two, and one or two for each entry.
+func slotsFor(size int64) int { return 1 << bits.Len64(uint64(size/meanCost)) }
 
 // init gives s its tables; size bounds all that the shard uses.
 func (s *shard) init(size int64, t table, slots []atomic.Pointer[entry], staleFor uint32) {

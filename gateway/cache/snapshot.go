@@ -83,17 +83,19 @@ func (c *Cache) Save(w io.Writer, now int64) (entries int, err error) {
 // ranks is how many steps of popularity a snapshot knows: a rank is the flags flagMain and the frequency.
 const ranks = flagMain << 1
 
-// collect appends the shard's entries to the lists of their ranks, in each queue the newest first.
+// collect appends the shard's entries to the lists of their ranks. It goes by the table and not by the queues: the processor
+// can fetch the next entries while it waits for one.
 func (s *shard) collect(lists *[ranks][]*entry) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for e := s.main.head; e != nil; e = e.next {
-		r := flagMain | e.frequency()
-		lists[r] = append(lists[r], e)
-	}
-	for e := s.small.head; e != nil; e = e.next {
-		r := e.frequency()
-		lists[r] = append(lists[r], e)
+	for i := range s.slots {
+		for e := s.slots[i].Load(); e != nil; e = e.chain.Load() {
+			r := e.frequency()
+			if e.main {
+				r |= flagMain
+			}
+			lists[r] = append(lists[r], e)
+		}
 	}
 }
 

@@ -60,7 +60,7 @@ func TestSnapshot(t *testing.T) {
 	config := Config{MaxBytes: 8 << 20, MinTTL: 5 * time.Second, MaxTTL: time.Hour, StaleFor: time.Hour}
 	c := newCache(t, config)
 	rnd := rand.New(rand.NewPCG(1, 2))
-	const n = 5000
+	const n = 1500
 	key := func(i int) []byte {
 		return keyOf(fmt.Sprintf("host%d.example", i), uint16(i%7), byte(i%4), uint32(i%3))
 	}
@@ -79,13 +79,13 @@ func TestSnapshot(t *testing.T) {
 		for j := range i % 11 / 4 {
 			a.EDE = append(a.EDE, wire.EDE{Code: uint16(j), Text: strings.Repeat("é", j*7)})
 		}
-		put(c, key(i), a, start+int64(i)*second/100)
+		put(c, key(i), a, start+int64(i)*second/30)
 		for range i % 3 {
 			get(c, key(i), start)
 		}
 	}
 	put(c, []byte("big"), answer(t, response(t, 0, "a.example. 300 A 192.0.2.1\n"+strings.Repeat("a.example. 300 TXT "+strings.Repeat("x", 255)+"\n", 200))), start)
-	c.Fail([]byte("failure"), c.Hash([]byte("failure")), answer(t, response(t, 2, "")), start+n*second/100)
+	c.Fail([]byte("failure"), c.Hash([]byte("failure")), answer(t, response(t, 2, "")), start+n*second/30)
 
 	now := start + 100*second
 	restored := newCache(t, config)
@@ -98,7 +98,7 @@ func TestSnapshot(t *testing.T) {
 	if f, _ := restored.Get(key(7), restored.Hash(key(7)), now); f.Answer != young {
 		t.Error("a younger answer was replaced")
 	}
-	if _, ok := restored.Get([]byte("failure"), restored.Hash([]byte("failure")), start+n*second/100); ok {
+	if _, ok := restored.Get([]byte("failure"), restored.Hash([]byte("failure")), start+n*second/30); ok {
 		t.Error("a failure was restored")
 	}
 	stale := 0

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -155,6 +156,11 @@ func (e *NoAnswerError) Unwrap() []error {
 		errs[i] = c.Err
 	}
 	return errs
+}
+
+// Timeout reports whether a server was asked that may yet have answered when the time was over.
+func (e *NoAnswerError) Timeout() bool {
+	return slices.ContainsFunc(e.Causes, func(c Cause) bool { return kindOf(c.Err) == KindTimeout })
 }
 
 // ExtendedError returns the RFC 8914 code and text for the client: 22 when no server could be reached or all were

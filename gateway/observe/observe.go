@@ -34,10 +34,11 @@ const (
 	Refused                // the client may not ask
 	Dropped                // nothing was sent back
 	Limited                // the client asked too often
+	Stale                  // answered with what was known before
 	numOutcomes
 )
 
-var outcomeNames = [numOutcomes]string{"hit", "miss", "local", "refused", "dropped", "limited"}
+var outcomeNames = [numOutcomes]string{"hit", "miss", "local", "refused", "dropped", "limited", "stale"}
 
 // String returns the outcome as it stands in the label.
 func (o Outcome) String() string {
@@ -45,6 +46,43 @@ func (o Outcome) String() string {
 		return outcomeNames[o]
 	}
 	return "unknown"
+}
+
+// Event is something that happens to questions on their way upstream.
+type Event uint8
+
+// The events.
+const (
+	Coalesced Event = iota // a query waited for the answer to the same question of another one
+	Prefetch               // the gateway asked of itself, to renew an answer in the cache
+	Shed                   // a question was given up for a newer one: there were too many
+	numEvents
+)
+
+var eventDescs = [numEvents]*prometheus.Desc{
+	Coalesced: desc("dnsgateway_coalesced_total", "Queries that waited for the answer to the same question of another one."),
+	Prefetch:  desc("dnsgateway_prefetches_total", "Questions that the gateway asked to renew an answer in the cache."),
+	Shed:      desc("dnsgateway_shed_total", "Questions that were given up because too many newer ones came."),
+}
+
+// Count counts e. It does not allocate.
+func (m *Metrics) Count(e Event) { m.events[e].Add(1) }
+
+// eventCollector shows how often each event was.
+type eventCollector struct{ m *Metrics }
+
+// Describe implements prometheus.Collector.
+func (c eventCollector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range eventDescs {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c eventCollector) Collect(ch chan<- prometheus.Metric) {
+	for e, d := range eventDescs {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(c.m.events[e].Load()))
+	}
 }
 
 // CacheStats is the cache as it is seen at one moment. The last three only grow.
@@ -67,6 +105,8 @@ type InflightStats struct{ Now, Max int }
 type Metrics struct {
 	registry *prometheus.Registry
 	upstream upstreamVecs
+
+	events [numEvents]atomic.Uint64
 
 	mu         sync.Mutex
 	transports map[string]*Transport
@@ -96,7 +136,7 @@ func New(reg *prometheus.Registry, version string) (*Metrics, error) {
 	}, func() float64 { return 1 })
 	var errs []error
 	for _, c := range append(m.upstream.all(),
-		build, queryCollector{m}, stateCollector{m},
+		build, queryCollector{m}, eventCollector{m}, stateCollector{m},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	) {
 		errs = append(errs, reg.Register(c))
@@ -146,8 +186,8 @@ var (
 	cacheEntries   = desc("dnsgateway_cache_entries", "Answers in the cache.")
 	cacheBytes     = desc("dnsgateway_cache_bytes", "Memory that the cached answers take.")
 	cacheMaxBytes  = desc("dnsgateway_cache_max_bytes", "Memory that cached answers may take.")
-	cacheHits      = desc("dnsgateway_cache_hits_total", "Lookups that found a live answer.")
-	cacheMisses    = desc("dnsgateway_cache_misses_total", "Lookups that found no live answer.")
+	cacheHits      = desc("dnsgateway_cache_hits_total", "Queries that were answered with a live answer of the cache.")
+	cacheMisses    = desc("dnsgateway_cache_misses_total", "Queries for which the cache had no live answer.")
 	cacheEvictions = desc("dnsgateway_cache_evictions_total", "Answers thrown out to make room.")
 	connections    = desc("dnsgateway_connections", "Open client connections.", "listener", "transport")
 	inflightNow    = desc("dnsgateway_inflight_misses", "Cache misses being resolved.")

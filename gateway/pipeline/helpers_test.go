@@ -60,14 +60,40 @@ type event struct {
 }
 
 type events struct {
-	mu   sync.Mutex
-	list []event
+	mu     sync.Mutex
+	list   []event
+	counts [NumEvents]int
 }
 
-func (e *events) Query(t wire.Transport, rcode uint16, outcome Outcome, d time.Duration) {
+func (e *events) Query(t wire.Transport, _ uint8, rcode uint16, outcome Outcome) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.list = append(e.list, event{t, rcode, outcome, d})
+	e.list = append(e.list, event{t, rcode, outcome, 0})
+	return true
+}
+
+// Took writes to the last event, which is the right one where queries come one after the other.
+func (e *events) Took(_ wire.Transport, _ uint8, _ Outcome, d time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.list[len(e.list)-1].d = d
+}
+
+func (e *events) Count(event Event) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.counts[event]++
+}
+
+// outcomes returns how often each outcome was.
+func (e *events) outcomes() map[Outcome]int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	n := make(map[Outcome]int)
+	for _, event := range e.list {
+		n[event.outcome]++
+	}
+	return n
 }
 
 // last returns the only event since the last call.

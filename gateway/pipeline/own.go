@@ -84,7 +84,7 @@ func (p *Pipeline) appendOwn(dst []byte, q *wire.Query, a ownAnswer) []byte {
 // anyAnswer is the minimal answer to a question for ANY: one HINFO record, RFC 8482, section 4.2. It is the same over
 // every transport; truncation over UDP would only move the amplification to who resolves for us.
 func anyAnswer(q *wire.Query) ownAnswer {
-	name, err := presentation(q)
+	name, err := presentation(q.Name)
 	if err != nil {
 		return ownAnswer{rcode: wire.RcodeFormErr}
 	}
@@ -108,10 +108,10 @@ func signed(q *wire.Query) bool {
 	return m.Unpack(q.Raw) == nil && m.IsTsig() != nil
 }
 
-// presentation returns the name that q asks for, in the letter case that the client chose.
-func presentation(q *wire.Query) (string, error) {
-	name, _, err := dns.UnpackDomainName(q.Name, 0)
-	return name, err
+// presentation returns a name in wire form as people write it, in the letter case that it has.
+func presentation(name []byte) (string, error) {
+	s, _, err := dns.UnpackDomainName(name, 0)
+	return s, err
 }
 
 // chaosAnswers makes the answers to class CH questions, by their lower-case QNAMEs in wire form.

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"runtime/debug"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -21,17 +22,34 @@ import (
 // Exchanger is an upstream group.
 type Exchanger interface {
 	// Ask returns a response to q, of which it keeps nothing, or an error only if no server gave one. It returns by its own
-	// deadline and is safe for concurrent use. The response is the caller's. An error may have a method ExtendedError()
-	// (code uint16, text string) that says what to tell the client, RFC 8914.
+	// deadline, and soon after ctx ends, and is safe for concurrent use. The response is the caller's. An error may have a
+	// method ExtendedError() (code uint16, text string) that says what to tell the client, RFC 8914, and a method Timeout()
+	// bool that says whether the deadline is the reason.
 	Ask(ctx context.Context, q wire.Question) (*wire.Answer, error)
 }
 
-// Observer is told about queries. Its method is called on the hot path: it must not block or allocate.
+// Observer is told about queries. Its methods are called on the hot path: they must not block or allocate.
 type Observer interface {
-	// Query is called once for each query that was answered, refused or dropped. The RCODE means nothing when the
-	// outcome is Dropped; d runs from the query's arrival to now.
-	Query(t wire.Transport, rcode uint16, outcome Outcome, d time.Duration)
+	// Query is called once for each query that was answered, refused or dropped; lane is the query's. The RCODE means
+	// nothing when the outcome is Dropped. It reports whether it wants to know how long the query took: to read the clock
+	// for each hit costs more than all the rest of its counting.
+	Query(t wire.Transport, lane uint8, rcode uint16, outcome Outcome) (timed bool)
+	// Took is called when Query said so; d runs from the query's arrival to now.
+	Took(t wire.Transport, lane uint8, outcome Outcome, d time.Duration)
+	// Count is called for each event.
+	Count(e Event)
 }
+
+// Event is something that happens to questions on their way upstream.
+type Event uint8
+
+// The events.
+const (
+	Coalesced Event = iota // a query waits for the answer to the same question of another one
+	Prefetch               // a question is asked for nobody but the cache
+	Shed                   // a question was given up for a newer one: see Config.Inflight
+	NumEvents              // how many there are
+)
 
 // Outcome says how a query ended.
 type Outcome uint8
@@ -44,6 +62,7 @@ const (
 	Refused                    // not allowed, and told so
 	Dropped                    // no response: junk, not allowed, or over its rate
 	Limited                    // over its rate, and told so
+	Stale                      // answered with what was known before, as upstreams do not answer: RFC 8767
 	NumOutcomes                // how many there are
 )
 
@@ -62,6 +81,8 @@ func (o Outcome) String() string {
 		return "dropped"
 	case Limited:
 		return "limited"
+	case Stale:
+		return "stale"
 	}
 	return "unknown"
 }
@@ -73,6 +94,15 @@ type Group struct {
 	// TrustAD says that the AD bit of upstream's responses may be believed: its servers are authenticated, and validate
 	// (RFC 4035, section 4.9.3). Without it AD is never set.
 	TrustAD bool
+}
+
+// StaleConfig says when answers go out whose time is over, RFC 8767. For how long the cache keeps them is its own business.
+type StaleConfig struct {
+	// After is for how long a client waits for upstreams, from its query's arrival, before it gets such an answer instead;
+	// RFC 8767, section 5 has 1.8 s. The answer is asked for in any case, and kept when it comes. 0 means at once.
+	After time.Duration
+	// TTL is that of all records of such an answer, in seconds; 0 means 30, RFC 8767, section 4.
+	TTL uint32
 }
 
 // Config is what [New] needs. Access and a group have to be there.
@@ -89,9 +119,11 @@ type Config struct {
 	Chaos map[string]string
 	// Shape is what all responses have in common; UDPSize is 1232 and PadBlock 468 when they are 0.
 	Shape wire.Shape
-	// Inflight is how many exchanges may be under way at once; 0 means 10000. More are answered with SERVFAIL, at once:
-	// a queue would only make everybody late. This is the bound on them; those of listeners are larger, and only for what is on its way here.
+	// Inflight is how many exchanges may be under way at once; 0 means 10000. With more the oldest one is given up, and its
+	// clients get a stale answer or SERVFAIL: a queue would only make everybody late. Queries that wait for the same answer
+	// are one exchange. This is the bound on them; those of listeners are larger, and only for what is on its way here.
 	Inflight int
+	Stale    StaleConfig
 	Observer Observer         // nil: none
 	Logger   *slog.Logger     // nil: discard
 	Now      func() time.Time // nil: time.Now
@@ -103,6 +135,8 @@ const (
 	// defaultPadBlock is the block length of padded responses, RFC 8467, section 4.1.
 	defaultPadBlock = 468
 	defaultInflight = 10000
+	// defaultStaleTTL is from RFC 8767, section 4.
+	defaultStaleTTL = 30
 	// panicLogPause keeps a panic that anyone can cause again from flooding the log.
 	panicLogPause = time.Minute
 )
@@ -132,14 +166,24 @@ type Pipeline struct {
 	chaos    map[string]*wire.Answer // by lower-case QNAME in wire form
 	shape    wire.Shape
 	inflight int64
+	stale    StaleConfig
 	observer Observer
 	log      *slog.Logger
 	now      func() time.Time
+	hash     func(key []byte) uint64 // the cache's, if there is one
 
-	exchanges atomic.Int64  // under way
-	slips     atomic.Uint32 // limited queries over UDP
-	panics    atomic.Int64  // since the last one that was logged
-	panicAt   atomic.Int64  // when one was logged last, Unix nanoseconds
+	flights   table
+	exchanges atomic.Int64 // under way
+	sequence  atomic.Int64 // numbers the flights
+	renewals  chan renewal
+
+	mu      sync.RWMutex   // orders stopped and flying.Go
+	stopped atomic.Bool    // nothing is begun in the background any more
+	flying  sync.WaitGroup // flights on a goroutine of their own
+
+	slips   atomic.Uint32 // limited queries over UDP
+	panics  atomic.Int64  // since the last one that was logged
+	panicAt atomic.Int64  // when one was logged last, Unix nanoseconds
 }
 
 // New checks c and builds a Pipeline. It starts nothing.
@@ -153,6 +197,8 @@ func New(c Config) (*Pipeline, error) {
 		return nil, fmt.Errorf("a route to group %d of %d", c.Routes.Groups()-1, len(c.Groups))
 	case c.Inflight < 0:
 		return nil, fmt.Errorf("a bound of %d exchanges", c.Inflight)
+	case c.Stale.After < 0:
+		return nil, fmt.Errorf("stale answers after %v", c.Stale.After)
 	}
 	if c.Inflight == 0 {
 		c.Inflight = defaultInflight
@@ -162,6 +208,9 @@ func New(c Config) (*Pipeline, error) {
 	}
 	if c.Shape.PadBlock == 0 {
 		c.Shape.PadBlock = defaultPadBlock
+	}
+	if c.Stale.TTL == 0 {
+		c.Stale.TTL = defaultStaleTTL
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -177,10 +226,17 @@ func New(c Config) (*Pipeline, error) {
 		routes:   c.Routes,
 		shape:    c.Shape,
 		inflight: int64(c.Inflight),
+		stale:    c.Stale,
 		observer: c.Observer,
 		log:      c.Logger,
 		now:      c.Now,
+		hash:     hashKey,
+		renewals: make(chan renewal, renewRoom),
 	}
+	if c.Cache != nil {
+		p.hash = c.Cache.Hash
+	}
+	p.flights.init()
 	var err error
 	if p.chaos, err = chaosAnswers(c.Chaos); err != nil {
 		return nil, err
@@ -196,7 +252,7 @@ func (p *Pipeline) ServeWire(dst []byte, q *wire.Query) (out []byte, v wire.Verd
 	n := len(dst)
 	defer func() {
 		if r := recover(); r != nil {
-			p.panicked(r, q)
+			p.panicked(r, q.Transport)
 			out, v = dst[:n], wire.Dropped
 		}
 	}()
@@ -213,14 +269,14 @@ func (p *Pipeline) ServeWire(dst []byte, q *wire.Query) (out []byte, v wire.Verd
 		p.observe(q, q.Fault, Local)
 		return dst, wire.Answered
 	}
-	if q.Kind != wire.Plain {
+	if q.Kind != wire.Plain || p.cache == nil {
 		return dst, wire.Miss
 	}
-	dst, ok := p.lookup(dst, q)
-	if !ok {
+	h, ok := p.find(q, q.Received, true)
+	if !ok || !p.usable(&h) {
 		return dst, wire.Miss
 	}
-	return dst, wire.Answered
+	return p.appendHit(dst, q, &h), wire.Answered
 }
 
 // turnAway answers or drops a query that access did not allow.
@@ -245,21 +301,6 @@ func (p *Pipeline) turnAway(dst []byte, q *wire.Query, d access.Decision) ([]byt
 	return dst, wire.Dropped
 }
 
-// lookup appends the cached answer for q, which has a sound IN question, if there is one.
-func (p *Pipeline) lookup(dst []byte, q *wire.Query) ([]byte, bool) {
-	if p.cache == nil {
-		return dst, false
-	}
-	key := q.Key(p.view)
-	f, ok := p.cache.Get(key, p.cache.Hash(key), q.Received)
-	if !ok || f.Stale {
-		return dst, false
-	}
-	dst = p.shape.AppendAnswer(dst, q, f.Answer, f.Age)
-	p.observe(q, f.Answer.Rcode, Hit)
-	return dst, true
-}
-
 // What Resolve returns when no response may be sent, or none could be made.
 var (
 	errNoAnswer = errors.New("not a query: no response may be sent")
@@ -273,7 +314,7 @@ func (p *Pipeline) Resolve(ctx context.Context, dst []byte, q *wire.Query) (out 
 	n := len(dst)
 	defer func() {
 		if r := recover(); r != nil {
-			p.panicked(r, q)
+			p.panicked(r, q.Transport)
 			out, err = p.afterPanic(dst[:n], q)
 		}
 	}()
@@ -290,29 +331,7 @@ func (p *Pipeline) Resolve(ctx context.Context, dst []byte, q *wire.Query) (out 
 	if a, ok := p.own(q); ok {
 		return p.appendOwn(dst, q, a), nil
 	}
-	if q.Kind != wire.Plain && q.Qclass == wire.ClassIN {
-		if dst, ok := p.lookup(dst, q); ok {
-			return dst, nil
-		}
-	}
-	if p.exchanges.Add(1) > p.inflight {
-		p.exchanges.Add(-1)
-		return p.appendOwn(dst, q, ownAnswer{rcode: wire.RcodeServFail, ede: &edeOverload}), nil
-	}
-	a, failure := p.exchange(ctx, q)
-	if a == nil {
-		dst = p.shape.AppendError(dst, q, wire.RcodeServFail, failure)
-		p.observe(q, wire.RcodeServFail, Miss)
-		return dst, nil
-	}
-	if p.cache != nil && q.Qclass == wire.ClassIN {
-		// The key has no class. What comes back is what a hit would be sent: its TTLs are within the cache's bounds.
-		key := q.Key(p.view)
-		a = p.cache.Put(key, p.cache.Hash(key), a, p.now().UnixNano())
-	}
-	dst = p.shape.AppendAnswer(dst, q, a, 0)
-	p.observe(q, a.Rcode, Miss)
-	return dst, nil
+	return p.resolve(ctx, dst, q), nil
 }
 
 // Inflight returns how many exchanges are under way.
@@ -320,14 +339,21 @@ func (p *Pipeline) Inflight() int { return int(p.exchanges.Load()) }
 
 // observe tells the observer about the end of q.
 func (p *Pipeline) observe(q *wire.Query, rcode uint16, o Outcome) {
+	if p.observer != nil && p.observer.Query(q.Transport, q.Lane, rcode, o) {
+		p.observer.Took(q.Transport, q.Lane, o, time.Duration(p.now().UnixNano()-q.Received))
+	}
+}
+
+// count tells the observer about e.
+func (p *Pipeline) count(e Event) {
 	if p.observer != nil {
-		p.observer.Query(q.Transport, rcode, o, time.Duration(p.now().UnixNano()-q.Received))
+		p.observer.Count(e)
 	}
 }
 
 // panicked logs a recovered panic with its stack, and at most one in a minute: whoever found the message that causes it
 // can send it again. It names no client and no question, and does not panic itself.
-func (p *Pipeline) panicked(r any, q *wire.Query) {
+func (p *Pipeline) panicked(r any, t wire.Transport) {
 	defer func() { _ = recover() }() // the clock or the log may be what is broken
 	n := p.panics.Add(1)
 	now, last := p.now().UnixNano(), p.panicAt.Load()
@@ -335,7 +361,7 @@ func (p *Pipeline) panicked(r any, q *wire.Query) {
 		return
 	}
 	p.panics.Add(-n)
-	p.log.Error("panic while answering a query", "panic", fmt.Sprint(r), "transport", q.Transport.String(), "panics", n,
+	p.log.Error("panic while answering a query", "panic", fmt.Sprint(r), "transport", t.String(), "panics", n,
 		"stack", string(debug.Stack()))
 }
 

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"dnsgateway/gateway/access"
@@ -338,7 +339,8 @@ func TestCache(t *testing.T) {
 		{"another class, twice", dig("one.test.", dns.TypeA, class(4)), dig("one.test.", dns.TypeA, class(4)), Miss, 0},
 		{"NXDOMAIN", dig("nxdomain.test.", dns.TypeA), dig("nxdomain.test.", dns.TypeA), Hit, 0},
 		{"NODATA", dig("nodata.test.", dns.TypeA), dig("nodata.test.", dns.TypeA), Hit, 0},
-		{"SERVFAIL", dig("servfail.test.", dns.TypeA), dig("servfail.test.", dns.TypeA), Miss, 0},
+		{"SERVFAIL", dig("servfail.test.", dns.TypeA), dig("servfail.test.", dns.TypeA), Hit, 0},
+		{"SERVFAIL, six seconds later", dig("servfail.test.", dns.TypeA), dig("servfail.test.", dns.TypeA), Miss, 6 * time.Second},
 		{"REFUSED", dig("refused.test.", dns.TypeA), dig("refused.test.", dns.TypeA), Miss, 0},
 		{"truncated", dig("tc.test.", dns.TypeA), dig("tc.test.", dns.TypeA), Miss, 0},
 		{"an unknown type", dig("one.test.", 65280), dig("one.test.", 65280), Hit, 0},
@@ -394,63 +396,86 @@ func TestViews(t *testing.T) {
 
 // TestInflight holds two exchanges open: the third is shed at once, own answers and hits are not.
 func TestInflight(t *testing.T) {
-	started, release := make(chan bool), make(chan bool)
-	seen := &events{}
-	p := mustNew(t, Config{Cache: mustCache(t), Inflight: 2, Observer: seen,
-		Groups: []Group{{Upstream: exchange(func(ctx context.Context, req *dns.Msg) (*dns.Msg, error) {
-			if strings.HasPrefix(req.Question[0].Name, "records.") {
-				started <- true
-				<-release
-			}
-			return world(ctx, req)
-		})}}})
-	one := pack(t, dig("one.test.", dns.TypeA))
-	ask(t, p, query(p, wire.UDP, one))
-	var wg sync.WaitGroup
-	for range 2 {
-		wg.Go(func() {
-			q := query(p, wire.TCP, pack(t, dig("records.test.", dns.TypeTXT)))
-			if out, err := p.Resolve(context.Background(), nil, q); err != nil || unpack(t, out).Rcode != 0 {
-				t.Errorf("got %x, %v", out, err)
-			}
-		})
-		<-started
-	}
-	seen.last(t)
-	if got := p.Inflight(); got != 2 {
-		t.Errorf("Inflight = %d, want 2", got)
-	}
-	for _, tt := range []struct {
-		name  string
-		query *dns.Msg
-		want  Outcome
-		rcode int
-	}{
-		{"miss", dig("two.test.", dns.TypeA), Local, dns.RcodeServerFailure},
-		{"hit", dig("one.test.", dns.TypeA), Hit, 0},
-		{"odd hit", dig("one.test.", dns.TypeA, additional("x. 1 IN A 192.0.2.1")), Hit, 0},
-		{"own", dig("one.test.", dns.TypeANY), Local, 0},
-	} {
-		q := query(p, wire.TCP, pack(t, tt.query))
-		out, _ := ask(t, p, q)
-		m := checkResponse(t, q, out)
-		if got := seen.last(t); got.outcome != tt.want || m.Rcode != tt.rcode {
-			t.Errorf("%s: %v, RCODE %d; want %v, %d", tt.name, got, m.Rcode, tt.want, tt.rcode)
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan bool)
+		seen := &events{}
+		p := mustNew(t, Config{Cache: mustCache(t), Inflight: 2, Observer: seen,
+			Groups: []Group{{Upstream: exchange(func(ctx context.Context, req *dns.Msg) (*dns.Msg, error) {
+				if strings.HasPrefix(req.Question[0].Name, "records") {
+					select {
+					case <-release:
+					case <-ctx.Done():
+						return nil, ctx.Err()
+					}
+				}
+				return world(ctx, req)
+			})}}})
+		ask(t, p, query(p, wire.UDP, pack(t, dig("one.test.", dns.TypeA))))
+		seen.last(t)
+		type end struct {
+			name string
+			m    *dns.Msg
 		}
-		if tt.rcode != 0 && !cmp.Equal(edes(m), []wire.EDE{{Code: 0, Text: "too many queries in flight"}}) {
-			t.Errorf("%s: %v", tt.name, edes(m))
+		ends := make(chan end, 10)
+		begin := func(name string) {
+			go func() {
+				out, _ := ask(t, p, query(p, wire.TCP, pack(t, dig(name, dns.TypeTXT))))
+				ends <- end{name, unpack(t, out)}
+			}()
+			synctest.Wait()
 		}
-	}
-	close(release)
-	wg.Wait()
-	seen.list = nil
-	q := query(p, wire.TCP, pack(t, dig("one.test.", dns.TypeAAAA)))
-	if out, _ := ask(t, p, q); unpack(t, out).Rcode != 0 {
-		t.Error("the bound was not given back")
-	}
-	if got := p.Inflight(); got != 0 {
-		t.Errorf("Inflight = %d when all is done, want 0", got)
-	}
+		begin("records.one.test.")
+		begin("records.two.test.")
+		if got := p.Inflight(); got != 2 || len(ends) != 0 {
+			t.Errorf("%d in flight, %d answered, want 2 and 0", got, len(ends))
+		}
+		begin("Records.two.test.") // follows: it needs no place
+		if got := p.Inflight(); got != 2 || len(ends) != 0 {
+			t.Errorf("%d in flight, %d answered after one that follows, want 2 and 0", got, len(ends))
+		}
+		begin("records.three.test.") // takes the place of the oldest
+		if len(ends) != 1 {
+			t.Fatalf("%d are answered, want the oldest alone", len(ends))
+		}
+		shed := <-ends
+		if shed.name != "records.one.test." || shed.m.Rcode != dns.RcodeServerFailure ||
+			!cmp.Equal(edes(shed.m), []wire.EDE{{Code: 0, Text: "too many queries in flight"}}) {
+			t.Errorf("%s was shed with RCODE %d, %v", shed.name, shed.m.Rcode, edes(shed.m))
+		}
+		if got := p.Inflight(); got != 2 {
+			t.Errorf("%d in flight, want 2", got)
+		}
+		seen.list = nil
+		for _, tt := range []struct {
+			name  string
+			query *dns.Msg
+			want  Outcome
+		}{
+			{"hit", dig("one.test.", dns.TypeA), Hit},
+			{"odd hit", dig("one.test.", dns.TypeA, additional("x. 1 IN A 192.0.2.1")), Hit},
+			{"own", dig("one.test.", dns.TypeANY), Local},
+		} {
+			q := query(p, wire.TCP, pack(t, tt.query))
+			out, _ := ask(t, p, q)
+			m := checkResponse(t, q, out)
+			if got := seen.last(t); got.outcome != tt.want || m.Rcode != 0 {
+				t.Errorf("%s: %v, RCODE %d; want %v", tt.name, got, m.Rcode, tt.want)
+			}
+		}
+		close(release)
+		synctest.Wait()
+		if len(ends) != 3 {
+			t.Fatalf("%d are answered, want 3", len(ends))
+		}
+		for range 3 {
+			if e := <-ends; e.m.Rcode != 0 || len(e.m.Answer) == 0 || e.m.Question[0].Name != e.name {
+				t.Errorf("%s: got\n%v", e.name, e.m)
+			}
+		}
+		if got := p.Inflight(); got != 0 {
+			t.Errorf("Inflight = %d when all is done, want 0", got)
+		}
+	})
 }
 
 // TestPanic shows that a panic behind the door costs one SERVFAIL, one line in the log, and no place in the bound.
@@ -489,7 +514,9 @@ func TestPanic(t *testing.T) {
 // badObserver panics.
 type badObserver struct{}
 
-func (badObserver) Query(wire.Transport, uint16, Outcome, time.Duration) { panic("observer") }
+func (badObserver) Query(wire.Transport, uint8, uint16, Outcome) bool  { panic("observer") }
+func (badObserver) Took(wire.Transport, uint8, Outcome, time.Duration) { panic("observer") }
+func (badObserver) Count(Event)                                        { panic("observer") }
 
 // TestPanicEverywhere breaks what the recovery itself stands on: there is no response, and no crash.
 func TestPanicEverywhere(t *testing.T) {
@@ -558,8 +585,8 @@ func TestDebugLog(t *testing.T) {
 }
 
 func TestOutcomeString(t *testing.T) {
-	got := fmt.Sprint(Hit, Miss, Local, Refused, Dropped, Limited, NumOutcomes)
-	if want := "hit miss local refused dropped limited unknown"; got != want {
+	got := fmt.Sprint(Hit, Miss, Local, Refused, Dropped, Limited, Stale, NumOutcomes)
+	if want := "hit miss local refused dropped limited stale unknown"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }
@@ -567,7 +594,9 @@ func TestOutcomeString(t *testing.T) {
 // nothing is an Observer that costs nothing.
 type nothing struct{}
 
-func (nothing) Query(wire.Transport, uint16, Outcome, time.Duration) {}
+func (nothing) Query(wire.Transport, uint8, uint16, Outcome) bool  { return true }
+func (nothing) Took(wire.Transport, uint8, Outcome, time.Duration) {}
+func (nothing) Count(Event)                                        {}
 
 func TestServeWireAllocates(t *testing.T) {
 	store := mustCache(t)

@@ -18,6 +18,7 @@ type Answer struct {
 	Rcode  uint16   // the extended RCODE, 12 bits, RFC 6891, section 6.1.3
 	Secure bool     // the gateway has validated it: AD may be set
 
+	movable bool   // it may be made the answer to other questions: see Denial
 	qend    uint16 // the offset behind the question
 	answers uint16 // ANCOUNT
 	auths   uint16 // NSCOUNT
@@ -104,6 +105,7 @@ func ReadAnswer(msg []byte) (a *Answer, options []byte, err error) {
 	if l.optEnd > 0 || !whole || len(a.Msg)+optLen > MinUDPSize {
 		a.index()
 	}
+	a.movable = a.Rcode == RcodeNXDomain && a.answers == 0 && movable(a.Msg, int(a.qend))
 	for _, off := range a.TTLs {
 		if ttl := a.Msg[off : off+4]; ttl[0] > 0x7f {
 			binary.BigEndian.PutUint32(ttl, 0) // RFC 2181, section 8
@@ -200,7 +202,7 @@ func (a *Answer) Age(seconds uint32) {
 func (a *Answer) AD() bool { return a.Msg[3]&byte(FlagAD) != 0 }
 
 // Answers reports whether the response that a was made of had q's question, letter case aside.
-func (a *Answer) Answers(q *Query) bool {
+func (a *Answer) Answers(q Question) bool {
 	end := HeaderLen + len(q.Name)
 	return int(a.qend) == end+4 && SameName(a.Msg[HeaderLen:end], q.Name) &&
 		binary.BigEndian.Uint16(a.Msg[end:]) == q.Qtype && binary.BigEndian.Uint16(a.Msg[end+2:]) == q.Qclass
@@ -293,15 +295,46 @@ const optLen = 11
 // A response that is too large (over UDP: larger than the client or the Shape allows) first loses extended DNS errors
 // (RFC 8914, section 3), then whole RRsets together with their signatures, from the end: additional section, authority
 // section, answer section. TC is set when something of the last two is missing (RFC 2181, section 9).
+//
+// It is also enough that a is an [Answer.Denial] of q's name or of one that q's name is below.
 func (s *Shape) AppendAnswer(dst []byte, q *Query, a *Answer, age uint32) []byte {
-	if int(a.qend) != HeaderLen+len(q.Name)+4 {
+	return s.appendAnswer(dst, q, a, variant{age: age})
+}
+
+// AppendStale is AppendAnswer for an a whose time is over: every TTL is ttl, RFC 8767, section 4, and an extended DNS error
+// says so, RFC 8914, section 4.4 and section 4.20.
+func (s *Shape) AppendStale(dst []byte, q *Query, a *Answer, ttl uint32) []byte {
+	v := variant{stale: true, ttl: ttl, ede: edeStale[:]}
+	if a.Rcode == RcodeNXDomain {
+		v.ede = edeStaleNXDomain[:]
+	}
+	return s.appendAnswer(dst, q, a, v)
+}
+
+var (
+	edeStale         = [...]EDE{{Code: 3}}  // Stale Answer
+	edeStaleNXDomain = [...]EDE{{Code: 19}} // Stale NXDOMAIN Answer
+)
+
+// variant says how a response differs from the answer that it is made of.
+type variant struct {
+	age   uint32 // taken off every TTL, or
+	stale bool   // every TTL is
+	ttl   uint32 // this
+	ede   []EDE  // goes before the answer's own
+}
+
+func (s *Shape) appendAnswer(dst []byte, q *Query, a *Answer, v variant) []byte {
+	qend := HeaderLen + len(q.Name) + 4
+	shift := qend - int(a.qend)
+	if shift != 0 && (!a.movable || shift < 0) {
 		return s.AppendError(dst, q, RcodeServFail) // another question's answer: a fault of the caller's
 	}
 	flags := uint16(0)
 	if a.Secure && (q.AD() || q.DO) {
 		flags = FlagAD
 	}
-	room := s.limit(q) - s.optLen(q)
+	room := s.limit(q) - s.optLen(q) - shift
 	end, records := len(a.Msg), len(a.TTLs)
 	if end > room {
 		end, records = a.cut(room)
@@ -310,23 +343,38 @@ func (s *Shape) AppendAnswer(dst []byte, q *Query, a *Answer, age uint32) []byte
 		flags |= FlagTC
 	}
 	start := len(dst)
-	dst = append(dst, a.Msg[:end]...)
+	if shift == 0 {
+		dst = append(dst, a.Msg[:end]...)
+		copy(dst[start+HeaderLen:], q.Name)
+	} else {
+		dst = append(dst, a.Msg[:HeaderLen]...)
+		dst = append(dst, q.Name...)
+		dst = append(dst, a.Msg[a.qend-4:end]...)
+		move(dst[start:], qend, shift)
+	}
 	msg := dst[start:]
+	if a.movable {
+		binary.BigEndian.PutUint16(msg[qend-4:], q.Qtype)
+	}
 	s.putHeader(msg, q, a.Rcode, flags)
 	an := min(records, int(a.answers))
 	ns := min(records-an, int(a.auths))
 	binary.BigEndian.PutUint16(msg[6:], uint16(an))
 	binary.BigEndian.PutUint16(msg[8:], uint16(ns))
 	binary.BigEndian.PutUint16(msg[10:], uint16(records-an-ns+btoi(q.EDNS)))
-	copy(msg[HeaderLen:], q.Name)
-	if age > 0 {
+	switch {
+	case v.stale:
 		for _, off := range a.TTLs[:records] {
-			field := msg[off : off+4]
+			binary.BigEndian.PutUint32(msg[int(off)+shift:], v.ttl)
+		}
+	case v.age > 0:
+		for _, off := range a.TTLs[:records] {
+			field := msg[int(off)+shift:][:4]
 			ttl := binary.BigEndian.Uint32(field)
-			binary.BigEndian.PutUint32(field, ttl-min(ttl, age))
+			binary.BigEndian.PutUint32(field, ttl-min(ttl, v.age))
 		}
 	}
-	return s.appendOPT(dst, start, q, a.Rcode, a.EDE)
+	return s.appendOPT(dst, start, q, a.Rcode, v.ede, a.EDE)
 }
 
 // cut returns the length of the longest part of Msg that fits in room, and the number of records in it.
@@ -363,7 +411,7 @@ func (s *Shape) appendEmpty(dst []byte, q *Query, rcode, flags uint16, ede []EDE
 		dst = binary.BigEndian.AppendUint16(dst, q.Qtype)
 		dst = binary.BigEndian.AppendUint16(dst, q.Qclass)
 	}
-	return s.appendOPT(dst, start, q, rcode, ede)
+	return s.appendOPT(dst, start, q, rcode, nil, ede)
 }
 
 // putHeader writes ID, flags and RCODE of the response to q into msg.
@@ -402,8 +450,8 @@ func (s *Shape) keepalive(q *Query) bool {
 }
 
 // appendOPT appends the OPT record of the response that begins at dst[start], if q asks for one. ARCOUNT counts it
-// already.
-func (s *Shape) appendOPT(dst []byte, start int, q *Query, rcode uint16, ede []EDE) []byte {
+// already. Of the extended DNS errors, those of first go before those of ede.
+func (s *Shape) appendOPT(dst []byte, start int, q *Query, rcode uint16, first, ede []EDE) []byte {
 	if !q.EDNS {
 		return dst
 	}
@@ -420,6 +468,7 @@ func (s *Shape) appendOPT(dst []byte, start int, q *Query, rcode uint16, ede []E
 		dst = appendOption(dst, OptionKeepalive, 2)
 		dst = binary.BigEndian.AppendUint16(dst, s.Keepalive)
 	}
+	dst = appendEDE(dst, first, limit)
 	dst = appendEDE(dst, ede, limit)
 	dst = s.pad(dst, start, q)
 	binary.BigEndian.PutUint16(dst[options-2:], uint16(len(dst)-options))

@@ -11,6 +11,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/miekg/dns"
 )
 
@@ -745,6 +746,88 @@ func TestClampAndClone(t *testing.T) {
 	}
 }
 
+// TestCloneInto looks at where a copy lies: in one array behind what is put in front.
+func TestCloneInto(t *testing.T) {
+	small := answer(t, response(t, "a.example.", dns.TypeA, "a.example. 300 A 192.0.2.1"))
+	some := sized(t, 2000)
+	some.EDE = []EDE{{1, "one"}, {2, ""}, {3, "three"}}
+	for _, a := range []*Answer{small, some} {
+		for front := range 4 {
+			list := make([]EDE, 1, 3)
+			b := Answer{EDE: list}
+			array := a.CloneInto(&b, []byte("key")[:front])
+			if string(array[:front]) != "key"[:front] {
+				t.Errorf("got %q in front", array[:front])
+			}
+			if len(b.EDE) > 0 && &b.EDE[0] != &list[0] {
+				t.Error("the list that was lent is not used")
+			}
+			want := len(a.Msg) + 2*len(a.TTLs) + 4*len(a.cuts) + front + len("onethree")*min(len(a.EDE), 1)
+			if len(array) < want || len(array) > want*5/4+8 {
+				t.Errorf("an array of %d octets, want %d", len(array), want)
+			}
+			if cap(b.Msg) != len(b.Msg) || cap(b.TTLs) != len(b.TTLs) || cap(b.cuts) != len(b.cuts) {
+				t.Error("appending to one part would write into the next")
+			}
+			b.EDE = append([]EDE(nil), b.EDE...)
+			if diff := cmp.Diff(&b, a, cmp.AllowUnexported(Answer{}, cut{}, lifetime{}), cmpopts.EquateEmpty()); diff != "" {
+				t.Errorf("(-got +want)\n%s", diff)
+			}
+			clear(array)
+			if a.Msg[5] != 1 || len(a.EDE) > 0 && a.EDE[0].Text != "one" {
+				t.Fatal("the copy shares memory with the original")
+			}
+		}
+	}
+}
+
+// TestAppendPacked reads again what was packed.
+func TestAppendPacked(t *testing.T) {
+	small := response(t, "a.example.", dns.TypeA, "a.example. 300 A 192.0.2.1\n--\n--\nb.example. 20 A 192.0.2.2")
+	long := strings.Repeat("x", 255)
+	for _, tt := range []struct {
+		name  string
+		rcode uint16
+		ede   []EDE
+		want  []EDE
+	}{
+		{"plain", 0, nil, nil},
+		{"extended errors", 0, []EDE{{3, "stale"}, {22, ""}}, []EDE{{3, "stale"}, {22, ""}}},
+		{"an extended RCODE", 0xabc&^0xf | RcodeNXDomain, nil, nil},
+		{"too many", 0, make([]EDE, 9), make([]EDE, 8)},
+		{"too long", 0, []EDE{{3, long + "y"}}, []EDE{{3, long}}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			a := answer(t, small)
+			a.EDE, a.Rcode = tt.ede, tt.rcode
+			a.Msg[3] |= byte(tt.rcode & 0xf)
+			b, _, err := ReadAnswer(a.AppendPacked([]byte("front"))[5:])
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(b.EDE, tt.want); diff != "" || b.Rcode != tt.rcode || !bytes.Equal(b.Msg, a.Msg) {
+				t.Errorf("RCODE %d, %x, want %x (-got +want)\n%s", b.Rcode, b.Msg, a.Msg, diff)
+			}
+		})
+	}
+}
+
+// checkReadAgain holds that a packed Answer is read as itself.
+func checkReadAgain(t *testing.T, a *Answer) {
+	t.Helper()
+	b, _, err := ReadAnswer(a.AppendPacked(nil))
+	if err != nil {
+		t.Fatalf("what was packed cannot be read: %v", err)
+	}
+	b.Secure = a.Secure
+	if len(a.Msg) > MaxMessage-optLen-maxEDE*(6+maxEDEText) {
+		b.EDE, b.Rcode = a.EDE, a.Rcode // there may be no room for them
+	}
+	if diff := cmp.Diff(b, a, cmp.AllowUnexported(Answer{}, cut{}, lifetime{}), cmpopts.EquateEmpty()); diff != "" {
+		t.Fatalf("an Answer is read again as another one (-got +want)\n%s", diff)
+	}
+}
+
 func TestCutText(t *testing.T) {
 	for _, s := range []string{"", "abc", "äöü", "日本語", "\x80\x80\x80\x80"} {
 		for n := range 12 {
@@ -820,6 +903,7 @@ func FuzzAnswer(f *testing.F) {
 		if b := a.Clone(); !bytes.Equal(shape.AppendAnswer(nil, &q, &b, age), raw) {
 			t.Fatal("a clone answers differently")
 		}
+		checkReadAgain(t, a)
 		var original dns.Msg
 		if original.Unpack(msg) != nil || len(original.Question) != 1 {
 			return

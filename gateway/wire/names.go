@@ -39,17 +39,20 @@ const (
 // names checks the names of a message from its front to its end, compression pointers followed.
 //
 // A name may point back to anything that stays as it is. What does not are the header and the TTLs, which are the
-// client's and the clock's: a name that runs over them would be another one in each response.
+// client's and the clock's, and the OPT record, which is taken out: a name that runs over them would be another one in each
+// response.
 type names struct {
 	msg []byte
 	ttl []uint16 // the offsets of the TTL fields so far, ascending; not those of records that are taken out
+	opt int      // the offset of the OPT record, 0 if there was none so far
 }
 
 // check returns the offset behind the name at off, or -1 when it is none: RFC 1035, section 4.1.4.
 func (c *names) check(off int) int {
 	msg := c.msg
 	end, start, length := -1, off, 1
-	for p := off; p < len(msg); {
+	limit := len(msg) // what is pointed to ends before the name that points to it begins
+	for p := off; p < limit; {
 		b := int(msg[p])
 		switch {
 		case b == 0:
@@ -65,7 +68,7 @@ func (c *names) check(off int) int {
 				return -1
 			}
 			p += b + 1
-		case b >= 0xc0 && p+1 < len(msg):
+		case b >= 0xc0 && p+1 < limit:
 			if start != off && !c.fixed(start, p+1) {
 				return -1
 			}
@@ -76,7 +79,7 @@ func (c *names) check(off int) int {
 			if target < HeaderLen || target >= start {
 				return -1 // "a prior occurrence": there is no loop
 			}
-			p, start = target, target
+			p, start, limit = target, target, start
 		default:
 			return -1
 		}
@@ -84,8 +87,12 @@ func (c *names) check(off int) int {
 	return -1
 }
 
-// fixed reports whether no octet of msg[start:end] is part of a TTL.
+// fixed reports whether no octet from start to end is part of a TTL, and they do not run into the OPT record. (What begins
+// within that is not to be moved up, see moveUp.)
 func (c *names) fixed(start, end int) bool {
+	if start < c.opt && end >= c.opt {
+		return false
+	}
 	if len(c.ttl) == 0 || end < int(c.ttl[0]) {
 		return true
 	}

@@ -159,7 +159,12 @@ type Query struct {
 	Padding   bool // the padding option was there, RFC 7830
 	Keepalive bool // the edns-tcp-keepalive option was there, RFC 7828
 
-	key [MaxName + 9]byte
+	// The cache key, kept from ServeWire to Resolve: made of the name once, and hashed once.
+	key    [MaxName + 7]byte
+	hash   uint64
+	view   uint32
+	keyed  bool // key holds the name and all behind it for view, but perhaps QTYPE 0
+	hashed bool
 }
 
 // RD reports whether recursion was desired.
@@ -190,24 +195,63 @@ func (q *Query) Question() Question {
 }
 
 // Key returns the cache key of q for view: QNAME in lower case, QTYPE, DO, CD and the view's number. It aliases q and is
-// valid until the next Parse or Key. It must not be called without a sound question. The class is not in it: only answers
-// to questions of class IN may be kept under it.
-func (q *Query) Key(view uint32) []byte {
+// valid until the next Parse, Key or NameKey. It must not be called without a sound question. The class is not in it: only
+// answers to questions of class IN may be kept under it. A copy of q takes the key along.
+func (q *Query) Key(view uint32) []byte { return q.keyOf(view, q.Qtype) }
+
+// NameKey returns the cache key for all types of q's name without its first skip octets, which are whole labels: QTYPE 0,
+// which no question that leaves the gateway has. It is else like Key.
+func (q *Query) NameKey(view uint32, skip int) []byte { return q.keyOf(view, 0)[skip:] }
+
+func (q *Query) keyOf(view uint32, qtype uint16) []byte {
 	n := len(q.Name)
-	for i, c := range q.Name {
-		q.key[i] = Lower(c)
+	if !q.keyed || q.view != view {
+		appendLower(q.key[:0], q.Name)
+		var bits byte
+		if q.DO {
+			bits |= 1
+		}
+		if q.CD() {
+			bits |= 2
+		}
+		q.key[n+2] = bits
+		binary.BigEndian.PutUint32(q.key[n+3:], view)
+		q.keyed, q.view, q.hashed = true, view, false
 	}
-	binary.BigEndian.PutUint16(q.key[n:], q.Qtype)
-	var bits byte
-	if q.DO {
-		bits |= 1
-	}
-	if q.CD() {
-		bits |= 2
-	}
-	q.key[n+2] = bits
-	binary.BigEndian.PutUint32(q.key[n+3:], view)
+	binary.BigEndian.PutUint16(q.key[n:], qtype)
 	return q.key[:n+7]
+}
+
+// TurnNameKey makes of key, which is a Key, the NameKey of the same name.
+func TurnNameKey(key []byte) { clear(key[len(key)-7 : len(key)-5]) }
+
+// Hash returns the hash of the last Key, which is computed by f once. f has to be the same function for as long as q is not
+// parsed again.
+func (q *Query) Hash(f func(key []byte) uint64) uint64 {
+	if !q.hashed {
+		q.hash, q.hashed = f(q.key[:len(q.Name)+7]), true
+	}
+	return q.hash
+}
+
+// appendLower appends name with its ASCII letters folded, eight octets at once: QNAMEs are 10 to 40 octets long.
+func appendLower(dst, name []byte) []byte {
+	const (
+		ones = 0x0101010101010101
+		high = 0x80 * ones
+	)
+	for ; len(name) >= 8; name = name[8:] {
+		w := binary.LittleEndian.Uint64(name)
+		low := w &^ high
+		// The high bit of an octet of fromA is set when it is 'A' or above, of aboveZ when it is above 'Z'.
+		fromA, aboveZ := low+(0x80-'A')*ones, low+(0x7f-'Z')*ones
+		upper := (fromA ^ aboveZ) & high &^ w
+		dst = binary.LittleEndian.AppendUint64(dst, w|upper>>2) // 0x80>>2 is 'a'-'A'
+	}
+	for _, c := range name {
+		dst = append(dst, Lower(c))
+	}
+	return dst
 }
 
 // Lower folds ASCII letters. Label lengths are at most 63, below 'A', and so stay as they are.
@@ -242,6 +286,7 @@ func (q *Query) Parse(raw []byte) {
 	q.Raw, q.Name = raw, nil
 	q.ID, q.Flags, q.Qtype, q.Qclass = 0, 0, 0, 0
 	q.Kind, q.Fault = Junk, RcodeSuccess
+	q.keyed, q.hashed = false, false
 	q.EDNS, q.UDPSize, q.DO, q.Padding, q.Keepalive = false, MinUDPSize, false, false, false
 	if len(raw) < HeaderLen {
 		return

@@ -100,6 +100,7 @@ func survey(msg []byte, c *names) (layout, error) {
 			return l, err
 		}
 		if c != nil {
+			c.opt = l.optStart
 			if c.check(off) < 0 {
 				return l, errName
 			}

@@ -1,0 +1,88 @@
+package pipeline
+
+import (
+	"hash/maphash"
+
+	"dnsgateway/gateway/cache"
+	"dnsgateway/gateway/wire"
+)
+
+// maxCuts bounds how many names above a question's are looked up after a miss: those nearest to the root, where a name that
+// does not exist has most below it. Few names have more labels.
+const maxCuts = 8
+
+// seed is for keys when there is no cache.
+var seed = maphash.MakeSeed()
+
+func hashKey(key []byte) uint64 { return maphash.Bytes(seed, key) }
+
+// hit is what the cache has for a query.
+type hit struct {
+	cache.Found
+	denial bool // it is the denial of the query's name, or of the one without its first skip octets, which are whole labels
+	skip   int
+}
+
+// usable reports whether h is an answer that goes out before upstreams are asked, or without it.
+func (p *Pipeline) usable(h *hit) bool { return !h.Stale || !h.Retry || p.stale.After <= 0 }
+
+// key returns the cache key of q, which has a sound IN question, and its hash.
+func (p *Pipeline) key(q *wire.Query) ([]byte, uint64) {
+	key := q.Key(p.view)
+	return key, q.Hash(p.hash)
+}
+
+// find looks for an answer to q, which has a sound IN question, at the time now: the one for its type, then the denial of its
+// name, and then, if above is true, of the names above it. Of the first two a fresh one is better than a stale one, and a newer
+// than an older; names above count only as long as they are fresh (RFC 8020, section 2).
+//
+// A denial of a name above is taken only where q would be asked of the same group: another group may have names that this one
+// knows nothing of.
+func (p *Pipeline) find(q *wire.Query, now int64, above bool) (h hit, ok bool) {
+	key, hash := p.key(q)
+	h.Found, ok = p.cache.Get(key, hash, now)
+	if ok && !h.Stale {
+		return h, true
+	}
+	key = q.NameKey(p.view, 0)
+	if d, found := p.cache.Get(key, p.hash(key), now); found && d.Answer.Denial() && (!ok || !d.Stale || d.Age < h.Age) {
+		h, ok = hit{Found: d, denial: true}, true
+	}
+	if ok && !h.Stale || !above {
+		return h, ok
+	}
+	labels := 0
+	for off := 0; q.Name[off] != 0; off += 1 + int(q.Name[off]) {
+		labels++
+	}
+	for off := 0; labels > 1; labels-- {
+		off += 1 + int(q.Name[off])
+		if labels-1 > maxCuts {
+			continue
+		}
+		key = q.NameKey(p.view, off)
+		if d, found := p.cache.Get(key, p.hash(key), now); found && !d.Stale && d.Answer.Denial() &&
+			p.groupOf(q.Name) == p.groupOf(q.Name[off:]) {
+			return hit{Found: d, denial: true, skip: off}, true
+		}
+	}
+	return h, ok
+}
+
+// appendHit appends the response to q that h gives, and sees to it that h is renewed when it is time.
+func (p *Pipeline) appendHit(dst []byte, q *wire.Query, h *hit) []byte {
+	if h.Stale {
+		dst = p.shape.AppendStale(dst, q, h.Answer, p.stale.TTL)
+		p.observe(q, h.Answer.Rcode, Stale)
+		if h.Retry && p.stale.After <= 0 {
+			p.renew(q, h)
+		}
+		return dst
+	}
+	dst = p.shape.AppendAnswer(dst, q, h.Answer, h.Age)
+	p.observe(q, h.Answer.Rcode, Hit)
+	if h.Prefetch {
+		p.renew(q, h)
+	}
+	return dst
+}
