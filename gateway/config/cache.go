@@ -168,10 +168,16 @@ func readPrefetch(v value, c *Cache) {
 	}
 }
 
+// Bounds of `save.every`.
+const (
+	minSaveEvery = time.Second    // for small caches and tests: each time the whole cache is written
+	maxSaveEvery = 24 * time.Hour // a crash costs what was learnt since
+)
+
 var saveKeys = newTable("cache.save",
 	entry[Save]{"file", readSaveFile},
 	entry[Save]{"every", func(v value, s *Save) {
-		if d, ok := v.duration(10*time.Second, 24*time.Hour); ok {
+		if d, ok := v.duration(minSaveEvery, maxSaveEvery); ok {
 			s.Every = d
 		}
 	}},

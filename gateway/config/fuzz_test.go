@@ -172,7 +172,7 @@ func checkConfig(t *testing.T, cfg *Config) {
 	if p.Hits == 0 && p != (Prefetch{}) || p.Hits < 0 || p.Hits > 255 || p.Hits > 0 && (p.Remaining < 0.01 || p.Remaining > 0.5) {
 		t.Errorf("prefetch %+v", p)
 	}
-	if s := cfg.Cache.Save; s.Every < 10*time.Second || s.Every > 24*time.Hour {
+	if s := cfg.Cache.Save; s.Every < time.Second || s.Every > 24*time.Hour {
 		t.Errorf("save %+v", s)
 	}
 	if len(cfg.Access.Allow) == 0 {
