@@ -188,9 +188,9 @@ func (g *Gateway) Run(ctx context.Context) error {
 	err := serve.Wait()
 	stopBackground()
 	err = errors.Join(err, groups.Wait(), p.close())
-	endSnapshot()
 	g.shutdownAdmin()
 	<-adminDone
+	endSnapshot() // after the last flush by the admin endpoint: what it forgot must not come back
 	if drained != nil {
 		g.log.Warn("queries were cut off", "err", drained)
 	}

@@ -329,10 +329,7 @@ func (s *HTTPS) serveTCP() error {
 // serveConn makes the handshake, until ctx is done, and gives the connection to who speaks its protocol. One without ALPN is
 // HTTP/1.1.
 func (s *HTTPS) serveConn(ctx context.Context, nc net.Conn) {
-	conn := secure(nc, s.tls)
-	ctx, cancel := context.WithTimeout(ctx, headerTimeout)
-	err := conn.HandshakeContext(ctx)
-	cancel()
+	conn, err := shakeHands(ctx, nc, s.tls, headerTimeout)
 	switch {
 	case err != nil:
 		s.cfg.Logger.Debug("TLS handshake", "client", addrPort(nc.RemoteAddr()), "err", err)

@@ -765,3 +765,21 @@ func write(fd int, b []byte) (n int, _ unix.Errno) {
 	}
 	return n, 0
 }
+
+// acknowledge tells the client now that all it has sent is here, where it is a client on a socket.
+func acknowledge(nc net.Conn) {
+	if lc, ok := nc.(*limitedConn); ok {
+		nc = lc.Conn
+	}
+	tcp, ok := nc.(*net.TCPConn)
+	if !ok {
+		return
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return
+	}
+	_ = raw.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 1)
+	})
+}

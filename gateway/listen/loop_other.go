@@ -14,3 +14,6 @@ func (*loopSet) add(*streams, net.Conn, *tls.Conn, machine) bool { return false 
 func (*loopSet) drain()                                          {}
 func (*loopSet) abort()                                          {}
 func (*loopSet) stop()                                           {}
+
+// acknowledge has no system call here.
+func acknowledge(net.Conn) {}

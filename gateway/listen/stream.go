@@ -145,11 +145,9 @@ func (s *Stream) Serve() error {
 
 // handshake makes nc a TLS connection, until ctx is done.
 func (s *Stream) handshake(ctx context.Context, nc net.Conn) {
-	ctx, cancel := context.WithTimeout(ctx, s.cfg.Handshake)
-	defer cancel()
-	tc := secure(nc, s.cfg.TLS)
 	p := newPeer(&s.cfg.Common, nc, wire.DoT)
-	if err := tc.HandshakeContext(ctx); err != nil {
+	tc, err := shakeHands(ctx, nc, s.cfg.TLS, s.cfg.Handshake)
+	if err != nil {
 		s.cfg.Logger.Debug("TLS handshake", "client", p.client, "err", err)
 		_ = nc.Close()
 		return

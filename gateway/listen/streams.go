@@ -86,6 +86,22 @@ func (s *streams) add(nc net.Conn, tc *tls.Conn, m machine) {
 // the connection when it is not added.
 func secure(nc net.Conn, cfg *tls.Config) *tls.Conn { return tls.Server(&cipherConn{nc: nc}, cfg) }
 
+// shakeHands is secure with the handshake, for which there is so much time. nc stays the caller's when it fails.
+//
+// The last octets of a handshake are the client's, and crypto/tls has nothing to say to them, so the system would wait 40 ms
+// for something that it could acknowledge them with. A client that leaves Nagle's algorithm on (RFC 9293, section 3.7.4) does
+// not send its first query before that.
+func shakeHands(ctx context.Context, nc net.Conn, cfg *tls.Config, limit time.Duration) (*tls.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	tc := secure(nc, cfg)
+	if err := tc.HandshakeContext(ctx); err != nil {
+		return nil, err
+	}
+	acknowledge(nc)
+	return tc, nil
+}
+
 // drain makes all connections stop reading soon, answer what they have read, and end.
 func (s *streams) drain() {
 	s.mu.Lock()
