@@ -85,6 +85,13 @@ func (e *events) Count(event Event) {
 	e.counts[event]++
 }
 
+// counted returns how often an event was.
+func (e *events) counted(event Event) int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.counts[event]
+}
+
 // outcomes returns how often each outcome was.
 func (e *events) outcomes() map[Outcome]int {
 	e.mu.Lock()

@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/hex"
 	"reflect"
@@ -350,6 +351,73 @@ func BenchmarkKey(b *testing.B) {
 	for b.Loop() {
 		if binary.BigEndian.Uint32(q.Key(3)[len(q.Name)+3:]) != 3 {
 			b.Fatal("wrong view")
+		}
+	}
+}
+
+// TestKeys has the keys for all types, for names above, and one hash for each query.
+func TestKeys(t *testing.T) {
+	var q, parent, any Query
+	raw := []byte("\x00\x01\x01\x10\x00\x01\x00\x00\x00\x00\x00\x00\x01X\x0aEXAMPLE\xc1[@\x03oRg\x00\x00\x1c\x00\x01")
+	q.Parse(raw)
+	parent.Parse(append(bytes.Clone(raw[:12]), raw[14:]...))
+	any.Parse(bytes.Clone(raw))
+	any.Qtype = 0
+	hashes := 0
+	hash := func(key []byte) uint64 {
+		hashes++
+		if string(key) != "\x01x\x0aexample\xc1[@\x03org\x00\x00\x1c\x02\x00\x00\x00\x07" {
+			t.Errorf("hash of %q", key)
+		}
+		return 4711
+	}
+	for range 3 {
+		key := q.Key(7)
+		if h := q.Hash(hash); h != 4711 {
+			t.Errorf("hash %d", h)
+		}
+		turned := bytes.Clone(key)
+		TurnNameKey(turned)
+		want := string(any.Key(7))
+		if got := string(q.NameKey(7, 0)); got != want || string(turned) != want {
+			t.Errorf("got %q and %q, want %q", got, turned, want)
+		}
+		if got, want := string(q.NameKey(7, 2)), string(parent.NameKey(7, 0)); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+		q = Query(q) // a copy takes the key along
+	}
+	if hashes != 1 {
+		t.Errorf("hashed %d times, want once", hashes)
+	}
+	q.Parse(raw)
+	q.Key(7)
+	if q.Hash(hash); hashes != 2 {
+		t.Error("not hashed again after Parse")
+	}
+	q.Key(8)
+	if q.Hash(func([]byte) uint64 { return 5 }) != 5 {
+		t.Error("not hashed again for another view")
+	}
+}
+
+// TestAppendLower holds the eight at once equal to one by one.
+func TestAppendLower(t *testing.T) {
+	for n := range 20 {
+		for c := range 256 {
+			for _, other := range []byte{0, 'A', 'Z', 0x80, 0xff} {
+				in := bytes.Repeat([]byte{other}, n)
+				if n > 0 {
+					in[c%n] = byte(c)
+				}
+				want := bytes.Clone(in)
+				for i := range want {
+					want[i] = Lower(want[i])
+				}
+				if got := appendLower(nil, in); !bytes.Equal(got, want) {
+					t.Fatalf("%x: got %x, want %x", in, got, want)
+				}
+			}
 		}
 	}
 }
