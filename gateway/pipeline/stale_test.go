@@ -1,0 +1,448 @@
+package pipeline
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"dnsgateway/gateway/cache"
+	"dnsgateway/gateway/route"
+	"dnsgateway/gateway/wire"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/miekg/dns"
+)
+
+// upstream is an Exchanger that a test can break.
+type upstream struct {
+	asked atomic.Int64
+	mode  atomic.Pointer[string] // what it does; nil: it answers like world
+}
+
+func (u *upstream) set(mode string) { u.mode.Store(&mode) }
+
+func (u *upstream) group() Group { return Group{Upstream: exchange(u.exchange)} }
+
+func (u *upstream) exchange(ctx context.Context, req *dns.Msg) (*dns.Msg, error) {
+	u.asked.Add(1)
+	mode := ""
+	if m := u.mode.Load(); m != nil {
+		mode = *m
+	}
+	d := 10 * time.Millisecond
+	switch mode {
+	case "silent":
+		d = 3 * time.Second
+	case "slow":
+		d = 2500 * time.Millisecond
+	}
+	select {
+	case <-time.After(d):
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	switch mode {
+	case "silent":
+		return nil, outOfTime{}
+	case "dead":
+		return nil, errors.New("all dead")
+	case "SERVFAIL":
+		return new(dns.Msg).SetRcode(req, dns.RcodeServerFailure), nil
+	case "REFUSED":
+		return new(dns.Msg).SetRcode(req, dns.RcodeRefused), nil
+	case "NXDOMAIN":
+		m := new(dns.Msg).SetRcode(req, dns.RcodeNameError)
+		m.Ns = []dns.RR{mustRR("test. 60 IN SOA ns.test. hostmaster.test. 1 2 3 4 60")}
+		return m, nil
+	}
+	return world(ctx, req)
+}
+
+func staleCache(t testing.TB) *cache.Cache {
+	t.Helper()
+	c, err := cache.New(cache.Config{MaxBytes: 4 << 20, StaleFor: time.Hour, PrefetchHits: 3, PrefetchRemaining: 0.1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// running is a Pipeline whose Run is called, and ended with the test.
+func running(t *testing.T, c Config) *Pipeline {
+	t.Helper()
+	c.Now = time.Now
+	p := mustNew(t, c)
+	ctx, stop := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := p.Run(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(func() {
+		stop()
+		wg.Wait()
+		if n := p.Inflight(); n != 0 {
+			t.Errorf("%d in flight after Run", n)
+		}
+	})
+	return p
+}
+
+// TestStale has what a client gets, and when, whose answer's time is over, for all that upstreams may do; and what the next one
+// gets a second later.
+func TestStale(t *testing.T) {
+	type end struct {
+		took    time.Duration
+		outcome Outcome
+		rcode   int
+		ede     []wire.EDE
+	}
+	const client, answer = 1800 * time.Millisecond, 10 * time.Millisecond
+	old := []wire.EDE{{Code: dns.ExtendedErrorCodeStaleAnswer}}
+	gone := []wire.EDE{{Code: dns.ExtendedErrorCodeStaleNXDOMAINAnswer}}
+	fresh, freshGone := end{took: answer, outcome: Miss}, end{took: answer, outcome: Miss, rcode: dns.RcodeNameError}
+	hit, hitGone := end{outcome: Hit}, end{outcome: Hit, rcode: dns.RcodeNameError}
+	for _, tt := range []struct {
+		name, mode  string
+		after       time.Duration
+		first, next end
+		asked       int64 // by both
+	}{
+		{"one", "", client, fresh, hit, 1},
+		{"one", "NXDOMAIN", client, freshGone, hitGone, 1},
+		{"one", "slow", client, end{client, Stale, 0, old}, hit, 1},
+		{"one", "silent", client, end{client, Stale, 0, old}, end{0, Stale, 0, old}, 1},
+		{"one", "dead", client, end{answer, Stale, 0, old}, end{0, Stale, 0, old}, 1},
+		{"one", "SERVFAIL", client, end{answer, Stale, 0, old}, end{0, Stale, 0, old}, 1},
+		{"one", "REFUSED", client, end{answer, Stale, 0, old}, end{0, Stale, 0, old}, 1},
+		{"nxdomain", "", client, freshGone, hitGone, 1},
+		{"nxdomain", "silent", client, end{client, Stale, 3, gone}, end{0, Stale, 3, gone}, 1},
+		{"nxdomain", "SERVFAIL", client, end{answer, Stale, 3, gone}, end{0, Stale, 3, gone}, 1},
+		{"one", "", 0, end{0, Stale, 0, old}, hit, 1},
+		{"one", "NXDOMAIN", 0, end{0, Stale, 0, old}, hitGone, 1},
+		{"one", "silent", 0, end{0, Stale, 0, old}, end{0, Stale, 0, old}, 1},
+		{"nxdomain", "dead", 0, end{0, Stale, 3, gone}, end{0, Stale, 3, gone}, 1},
+		{"nxdomain", "", 0, end{0, Stale, 3, gone}, hitGone, 1},
+	} {
+		for _, odd := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/%s/%v/odd=%v", tt.name, tt.mode, tt.after, odd), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					var up upstream
+					seen := &events{}
+					p := running(t, Config{Groups: []Group{up.group()}, Observer: seen, Cache: staleCache(t), Stale: StaleConfig{After: tt.after}})
+					m := dig(tt.name+".test.", dns.TypeA)
+					if odd {
+						additional("x. 1 IN A 192.0.2.1")(m)
+					}
+					resolve(t, t.Context(), p, wire.TCP, m)
+					time.Sleep(10 * time.Minute)
+					up.set(tt.mode)
+					up.asked.Store(0)
+					for i, want := range []end{tt.first, tt.next} {
+						seen.list = nil
+						start := time.Now()
+						r := resolve(t, t.Context(), p, wire.TCP, m)
+						got := end{time.Since(start), seen.last(t).outcome, r.Rcode, edes(r)}
+						if diff := cmp.Diff(got, want, cmp.AllowUnexported(end{})); diff != "" {
+							t.Errorf("query %d, got -, want +:\n%s", i, diff)
+						}
+						if got.outcome == Stale {
+							for _, rr := range append(r.Answer, r.Ns...) {
+								if rr.Header().Ttl != 30 {
+									t.Errorf("query %d: %v, want a TTL of 30", i, rr)
+								}
+							}
+						}
+						time.Sleep(time.Second + 10*time.Millisecond)
+						if got.took == client {
+							time.Sleep(time.Second) // until the deadline is over as well
+						}
+					}
+					if n := up.asked.Load(); n != tt.asked {
+						t.Errorf("%d questions left, want %d", n, tt.asked)
+					}
+				})
+			})
+		}
+	}
+}
+
+// TestStaleRetry follows a name through an outage: it is asked for once in 30 s, and found again when the outage is over.
+func TestStaleRetry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up upstream
+		p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Stale: StaleConfig{After: 1800 * time.Millisecond, TTL: 7}})
+		m := dig("one.test.", dns.TypeA)
+		resolve(t, t.Context(), p, wire.UDP, m)
+		time.Sleep(10 * time.Minute)
+		up.set("dead")
+		up.asked.Store(0)
+		for range 300 {
+			if r := resolve(t, t.Context(), p, wire.UDP, m); len(r.Answer) != 1 || r.Answer[0].Header().Ttl != 7 {
+				t.Fatalf("got %v", r)
+			}
+			time.Sleep(time.Second)
+		}
+		if n := up.asked.Load(); n < 9 || n > 11 {
+			t.Errorf("asked %d times in 300 s, want 10", n)
+		}
+		up.set("")
+		time.Sleep(30 * time.Second)
+		if r := resolve(t, t.Context(), p, wire.UDP, m); len(r.Answer) != 1 || len(edes(r)) != 0 {
+			t.Errorf("after the outage: %v", r)
+		}
+	})
+}
+
+// TestStaleShed gives up a question whose clients have a stale answer: they get that.
+func TestStaleShed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up upstream
+		seen := &events{}
+		p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Stale: StaleConfig{After: 1800 * time.Millisecond}, Inflight: 1,
+			Observer: seen})
+		resolve(t, t.Context(), p, wire.TCP, dig("one.test.", dns.TypeA))
+		time.Sleep(10 * time.Minute)
+		up.set("silent")
+		var wg sync.WaitGroup
+		for range 3 {
+			wg.Go(func() {
+				if r := resolve(t, t.Context(), p, wire.TCP, dig("one.test.", dns.TypeA)); len(r.Answer) != 1 || len(edes(r)) != 1 {
+					t.Errorf("got %v", r)
+				}
+			})
+		}
+		synctest.Wait()
+		start := time.Now()
+		time.Sleep(100 * time.Millisecond)
+		wg.Go(func() { resolve(t, t.Context(), p, wire.TCP, dig("two.test.", dns.TypeA)) })
+		synctest.Wait()
+		if n := seen.outcomes()[Stale]; n != 3 || time.Since(start) != 100*time.Millisecond {
+			t.Errorf("%d have the stale answer, want 3", n)
+		}
+		wg.Wait()
+	})
+}
+
+// TestRunEnds ends Run while questions are under way whose clients have left, and some that nobody asked.
+func TestRunEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up upstream
+		p := mustNew(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Stale: StaleConfig{After: time.Millisecond}, Now: time.Now})
+		ctx, stop := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- p.Run(ctx) }()
+		one, alias := dig("one.test.", dns.TypeA), dig("alias.test.", dns.TypeA)
+		resolve(t, t.Context(), p, wire.TCP, one)
+		resolve(t, t.Context(), p, wire.TCP, alias)
+		time.Sleep(10 * time.Minute)
+		up.set("silent")
+		resolve(t, t.Context(), p, wire.TCP, one)
+		p.renew(query(p, wire.TCP, pack(t, alias)), &hit{})
+		synctest.Wait()
+		if n := p.Inflight(); n != 2 {
+			t.Fatalf("%d in flight, want 2", n)
+		}
+		start := time.Now()
+		stop()
+		if err := <-ended; err != nil || time.Since(start) != 0 || p.Inflight() != 0 {
+			t.Errorf("Run ended with %v after %v, and %d in flight", err, time.Since(start), p.Inflight())
+		}
+		// What comes later is answered, and leaves nothing behind.
+		if r := resolve(t, t.Context(), p, wire.TCP, one); len(r.Answer) != 1 || p.Inflight() != 0 {
+			t.Errorf("after Run: %v, %d in flight", r, p.Inflight())
+		}
+	})
+}
+
+// TestPrefetch asks for a name every second: from the second life on it is renewed before its time is over, by one question.
+func TestPrefetch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up upstream
+		seen := &events{}
+		p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Observer: seen})
+		for _, name := range []string{"one.test.", "nxdomain.test."} {
+			seen.list = nil
+			for i := range 2000 {
+				resolve(t, t.Context(), p, wire.UDP, dig(name, dns.TypeA))
+				time.Sleep(time.Second)
+				if i == 0 {
+					up.asked.Store(0)
+				}
+			}
+			if n := seen.outcomes(); n[Miss] != 1 || n[Hit] != 1999 {
+				t.Errorf("%s: outcomes %v, want one miss", name, n)
+			}
+			life := 2000 / int(up.asked.Load())
+			if life < 50 || life > 360 {
+				t.Errorf("%s: asked %d times in 2000 s", name, up.asked.Load())
+			}
+		}
+		if n := seen.counted(Prefetch); n < 10 {
+			t.Errorf("%d prefetches", n)
+		}
+		// A renewal that fails leaves the entry.
+		up.set("SERVFAIL")
+		for range 100 {
+			if r := resolve(t, t.Context(), p, wire.UDP, dig("nxdomain.test.", dns.TypeA)); r.Rcode != dns.RcodeNameError {
+				t.Fatalf("got %v", r)
+			}
+			time.Sleep(500 * time.Millisecond)
+		}
+	})
+}
+
+// TestRenewBound has more to renew than there is room for: it is dropped, and clients' questions go first.
+func TestRenewBound(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up upstream
+		seen := &events{}
+		p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Observer: seen, Inflight: renewers / 2})
+		up.set("silent")
+		for i := range 3 * renewRoom {
+			p.renew(query(p, wire.UDP, pack(t, dig(fmt.Sprintf("%d.test.", i), dns.TypeA))), &hit{})
+		}
+		synctest.Wait()
+		if n := p.Inflight(); n != renewers/2 {
+			t.Errorf("%d in flight, want %d", n, renewers/2)
+		}
+		up.set("")
+		if r := resolve(t, t.Context(), p, wire.UDP, dig("one.test.", dns.TypeA)); r.Rcode != 0 {
+			t.Errorf("a client got %v", r)
+		}
+		if n := seen.counted(Shed); n != 1 {
+			t.Errorf("%d shed, want 1", n)
+		}
+		time.Sleep(time.Minute)
+	})
+}
+
+// TestServFail has a SERVFAIL of upstream for all who ask within 5 s, with its reason, and not instead of anything good.
+func TestServFail(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up upstream
+		p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t)})
+		for range 20 {
+			r := resolve(t, t.Context(), p, wire.UDP, dig("servfail.test.", dns.TypeA))
+			if diff := cmp.Diff(edes(r), []wire.EDE{{Code: dns.ExtendedErrorCodeDNSBogus, Text: "bogus"}}); r.Rcode != dns.RcodeServerFailure || diff != "" {
+				t.Errorf("RCODE %d, extended errors, got -, want +:\n%s", r.Rcode, diff)
+			}
+			time.Sleep(time.Second)
+		}
+		if n := up.asked.Load(); n < 4 || n > 5 {
+			t.Errorf("asked %d times in 20 s", n)
+		}
+		up.asked.Store(0)
+		up.set("dead") // nothing to keep
+		for range 3 {
+			resolve(t, t.Context(), p, wire.UDP, dig("two.test.", dns.TypeA))
+		}
+		if n := up.asked.Load(); n != 3 {
+			t.Errorf("no answer: asked %d times, want 3", n)
+		}
+	})
+}
+
+// TestDenials has the NXDOMAIN of a name for its other types and for what is below it; for nothing else, and for no name that
+// goes to another group.
+func TestDenials(t *testing.T) {
+	var up, corp upstream
+	seen, clock := &events{}, newClock()
+	p := mustNew(t, Config{Cache: mustCache(t), Observer: seen, Now: clock.Now, Groups: []Group{up.group(), corp.group()},
+		Routes: mustRoutes(t, route.Rule{Group: 1, Below: []string{"corp.nxdomain.test"}, Regexps: []string{`^re[0-9]\.nxdomain\.test$`}})})
+	for _, options := range [][]func(*dns.Msg){nil, {dnssec}, {cdflag}} {
+		resolve(t, t.Context(), p, wire.TCP, dig("nxDomain.test.", dns.TypeA, options...))
+	}
+	deep := ""
+	for range 20 {
+		deep += "a."
+	}
+	for _, tt := range []struct {
+		query *dns.Msg
+		want  Outcome
+	}{
+		{dig("nxdomain.test.", dns.TypeA), Hit},
+		{dig("nxdomain.test.", dns.TypeAAAA), Hit},
+		{dig("nxdomain.test.", 65280), Hit},
+		{dig("x.NXDOMAIN.test.", dns.TypeA), Hit},
+		{dig("x.nxdomain.test.", dns.TypeA, noedns), Hit},
+		{dig("x.y.z.nxdomain.test.", dns.TypeMX, dnssec), Hit},
+		{dig("x.nxdomain.test.", dns.TypeMX, cdflag), Hit},
+		{dig("x.nxdomain.test.", dns.TypeMX, cdflag, dnssec), Miss},
+		{dig(deep+"nxdomain.test.", dns.TypeMX), Hit},
+		{dig("x.nxdomain.test.", dns.TypeA, additional("x. 1 IN A 192.0.2.1")), Hit},
+		{dig("re.nxdomain.test.", dns.TypeA), Hit},
+		{dig("re1.nxdomain.test.", dns.TypeA), Miss},
+		{dig("corp.nxdomain.test.", dns.TypeA), Miss},
+		{dig("payroll.corp.nxdomain.test.", dns.TypeA), Miss},
+		{dig("xnxdomain.test.", dns.TypeA), Miss},
+		{dig("test.", dns.TypeA), Miss},
+		{dig("nxdomain.test.", dns.TypeA, class(dns.ClassHESIOD)), Miss},
+		{dig("x.nxdomain.test.", dns.TypeANY), Local},
+	} {
+		seen.list = nil
+		clock.add(time.Second)
+		up.asked.Store(0)
+		corp.asked.Store(0)
+		m := resolve(t, t.Context(), p, wire.TCP, tt.query)
+		name := tt.query.Question[0].String()
+		if got := seen.last(t); got.outcome != tt.want {
+			t.Errorf("%s: %v, want %v", name, got.outcome, tt.want)
+		}
+		if tt.want == Hit && (m.Rcode != dns.RcodeNameError || len(m.Ns) != 1 || m.Ns[0].Header().Name != "test." || m.Ns[0].Header().Ttl > 59) {
+			t.Errorf("%s: got %v", name, m)
+		}
+		if n := up.asked.Load() + corp.asked.Load(); (n == 1) != (tt.want == Miss) {
+			t.Errorf("%s: %d questions left", name, n)
+		}
+		if private := strings.Contains(name, "corp.") || strings.Contains(name, "re1."); private && up.asked.Load() > 0 {
+			t.Errorf("%s left through the wrong group", name)
+		}
+	}
+	// With the denial's time over, all is asked again; and what then exists has nothing in its way.
+	clock.add(time.Hour)
+	seen.list = nil
+	resolve(t, t.Context(), p, wire.TCP, dig("x.nxdomain.test.", dns.TypeA))
+	if got := seen.last(t); got.outcome != Miss {
+		t.Errorf("an hour later: %v", got)
+	}
+}
+
+// TestDenialRefreshed has a name that ceases to exist: the denial that came later stands before the answer that is stale.
+func TestDenialRefreshed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up upstream
+		seen := &events{}
+		p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Observer: seen, Stale: StaleConfig{After: 1800 * time.Millisecond}})
+		m := dig("one.test.", dns.TypeA)
+		for _, step := range []struct {
+			mode    string
+			rcode   int
+			outcome Outcome
+			wait    time.Duration
+		}{
+			{"", dns.RcodeSuccess, Miss, 10 * time.Minute},
+			{"NXDOMAIN", dns.RcodeNameError, Miss, 10 * time.Second},
+			{"NXDOMAIN", dns.RcodeNameError, Hit, 10 * time.Minute},
+			{"dead", dns.RcodeNameError, Stale, 10 * time.Second},
+			{"dead", dns.RcodeNameError, Stale, time.Minute},
+			{"", dns.RcodeSuccess, Miss, 10 * time.Minute},
+			{"dead", dns.RcodeSuccess, Stale, time.Second},
+		} {
+			up.set(step.mode)
+			seen.list = nil
+			r := resolve(t, t.Context(), p, wire.TCP, m)
+			if got := seen.last(t); got.outcome != step.outcome || r.Rcode != step.rcode {
+				t.Errorf("%+v: got %v, RCODE %d", step, got.outcome, r.Rcode)
+			}
+			time.Sleep(step.wait)
+		}
+	})
+}
