@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"dnsgateway/gateway/access"
+	"dnsgateway/gateway/route"
 	"dnsgateway/gateway/wire"
 
 	"github.com/google/go-cmp/cmp"
@@ -598,14 +599,27 @@ func (nothing) Query(wire.Transport, uint8, uint16, Outcome) bool  { return true
 func (nothing) Took(wire.Transport, uint8, Outcome, time.Duration) {}
 func (nothing) Count(Event)                                        {}
 
+// TestServeWireAllocates holds the fast path to its budget, which is nothing: for all that it may have to do, with the rate
+// limit and an observer that wants to know everything.
 func TestServeWireAllocates(t *testing.T) {
-	store := mustCache(t)
-	open := mustNew(t, Config{Cache: store, Observer: nothing{}})
-	limited := mustNew(t, Config{Cache: store, Observer: nothing{}, Access: mustAccess(t, access.Config{PerClient: 0.001})})
-	closed := mustNew(t, Config{Cache: store, Observer: nothing{}, Access: mustAccess(t, access.Config{Everywhere: true})})
+	store, clock := staleCache(t), newClock()
+	routes := mustRoutes(t, route.Rule{Group: 0, Below: []string{"corp.internal"}})
+	everything := Config{Cache: store, Observer: nothing{}, Now: clock.Now, Routes: routes,
+		Access: mustAccess(t, access.Config{PerClient: 1e9, Everywhere: true, Allow: access.PrivateNetworks()})}
+	open := mustNew(t, everything)
+	limited := mustNew(t, Config{Cache: store, Observer: nothing{}, Now: clock.Now, Access: mustAccess(t, access.Config{PerClient: 0.001})})
+	closed := mustNew(t, Config{Cache: store, Observer: nothing{}, Now: clock.Now, Access: mustAccess(t, access.Config{Everywhere: true})})
 	padding := option(&dns.EDNS0_PADDING{Padding: make([]byte, 8)})
+	// The time of these answers is over in all that follows, and nobody has to be asked before they are used.
+	for _, name := range []string{"one.old.test.", "nxdomain.old.test."} {
+		ask(t, open, query(open, wire.TCP, pack(t, dig(name, dns.TypeA))))
+	}
+	clock.add(30 * time.Minute)
 	hit := pack(t, dig("records.test.", dns.TypeTXT, padding))
-	ask(t, open, query(open, wire.TCP, hit))
+	for _, raw := range [][]byte{hit, pack(t, dig("big.test.", dns.TypeTXT)), pack(t, dig("nxdomain.test.", dns.TypeA)),
+		pack(t, dig("servfail.test.", dns.TypeA)), pack(t, dig("alias.test.", dns.TypeA, dnssec))} {
+		ask(t, open, query(open, wire.TCP, raw))
+	}
 	for _, transport := range transports {
 		for range 20 {
 			ask(t, limited, query(limited, transport, hit))
@@ -617,6 +631,15 @@ func TestServeWireAllocates(t *testing.T) {
 			want wire.Verdict
 		}{
 			{"hit", open, hit, wire.Answered},
+			{"hit without EDNS", open, pack(t, dig("Records.test.", dns.TypeTXT, noedns)), wire.Answered},
+			{"hit with DO", open, pack(t, dig("alias.test.", dns.TypeA, dnssec)), wire.Answered},
+			{"large", open, pack(t, dig("big.test.", dns.TypeTXT)), wire.Answered}, // and truncated over UDP
+			{"SERVFAIL", open, pack(t, dig("servfail.test.", dns.TypeA)), wire.Answered},
+			{"NXDOMAIN", open, pack(t, dig("nxdomain.test.", dns.TypeA)), wire.Answered},
+			{"NXDOMAIN of another type", open, pack(t, dig("nxdomain.test.", dns.TypeMX)), wire.Answered},
+			{"NXDOMAIN of a name above", open, pack(t, dig("a.b.nxdomain.test.", dns.TypeMX)), wire.Answered},
+			{"stale", open, pack(t, dig("one.old.test.", dns.TypeA)), wire.Answered},
+			{"stale NXDOMAIN", open, pack(t, dig("nxdomain.old.test.", dns.TypeAAAA)), wire.Answered},
 			{"miss", open, pack(t, dig("two.test.", dns.TypeTXT)), wire.Miss},
 			{"odd", open, pack(t, dig("two.test.", dns.TypeANY)), wire.Miss},
 			{"FORMERR", open, message(0x0100, 2, 0, 0, 0, questionA+questionA), wire.Answered},
@@ -643,6 +666,38 @@ func TestServeWireAllocates(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// packed is an Exchanger that costs what reading the response does.
+type packed []byte
+
+func (r packed) Ask(context.Context, wire.Question) (*wire.Answer, error) {
+	a, _, err := wire.ReadAnswer(r)
+	return a, err
+}
+
+// TestResolveAllocates bounds what a miss costs besides its exchange: 3 objects for the answer, 2 for the cache's copy, and
+// those of the flight and its context.
+func TestResolveAllocates(t *testing.T) {
+	m := dig("example.com.", dns.TypeA)
+	resp, err := reply(func(*dns.Msg) {})(t.Context(), m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	p := mustNew(t, Config{Cache: mustCache(t), Observer: nothing{}, Groups: []Group{{Upstream: packed(pack(t, resp))}}})
+	q := query(p, wire.UDP, pack(t, m))
+	dst := make([]byte, 0, 4096)
+	n := testing.AllocsPerRun(100, func() {
+		p.cache.Flush()
+		if _, err := p.Resolve(ctx, dst, q); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if n > 14 {
+		t.Errorf("%v allocs, want at most 14", n)
 	}
 }
 
@@ -683,15 +738,27 @@ func BenchmarkHit(b *testing.B) {
 	})
 }
 
+// BenchmarkMiss is a miss but for its exchange and the cache's copy of the answer.
 func BenchmarkMiss(b *testing.B) {
-	p := mustNew(b, Config{Groups: []Group{{Upstream: reply(func(m *dns.Msg) {})}}})
-	raw := pack(b, dig("example.com.", dns.TypeA))
-	dst := make([]byte, 0, 4096)
-	b.ReportAllocs()
-	for b.Loop() {
-		q := query(p, wire.UDP, raw)
-		if _, err := p.Resolve(context.Background(), dst, q); err != nil {
-			b.Fatal(err)
-		}
+	m := dig("example.com.", dns.TypeA)
+	resp, err := reply(func(*dns.Msg) {})(b.Context(), m)
+	if err != nil {
+		b.Fatal(err)
 	}
+	ctx, cancel := context.WithCancel(b.Context())
+	defer cancel()
+	p := mustNew(b, Config{Groups: []Group{{Upstream: packed(pack(b, resp))}}})
+	raw := pack(b, m)
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		dst := make([]byte, 0, 4096)
+		q := query(p, wire.UDP, raw)
+		for pb.Next() {
+			q.Parse(raw)
+			if _, err := p.Resolve(ctx, dst, q); err != nil {
+				b.Error(err)
+				return
+			}
+		}
+	})
 }

@@ -31,7 +31,8 @@ func (p *Pipeline) resolve(ctx context.Context, dst []byte, q *wire.Query) []byt
 	var (
 		key  []byte // nil: not IN, the key has no class
 		hash uint64
-		old  *hit // stale
+		h    hit
+		old  *hit // h, if it is stale
 		last result
 		owed time.Duration // what a query that followed in vain may still wait
 	)
@@ -43,8 +44,8 @@ func (p *Pipeline) resolve(ctx context.Context, dst []byte, q *wire.Query) []byt
 		ended := s.ended.Load()
 		if key != nil && p.cache != nil {
 			// For Odd queries, whose Plain form may be known; for answers that have come meanwhile; and for stale ones.
-			h, ok := p.find(q, now, q.Kind != wire.Plain)
-			if ok && p.usable(&h) {
+			var ok bool
+			if h, ok = p.find(q, now, q.Kind != wire.Plain); ok && p.usable(&h) {
 				return p.appendHit(dst, q, &h)
 			}
 			if old = nil; ok {

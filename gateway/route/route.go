@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"regexp"
 	"strings"
+	"sync"
 )
 
 // maxName is the longest name in wire form, RFC 1035, section 2.3.4; maxLabels is how many labels it may have, the root not
@@ -138,7 +139,7 @@ func lower(c byte) byte {
 }
 
 // Match returns the group of the first rule that matches name, which is in wire form, uncompressed, in any letter case. ok is
-// false if none does. It does not keep name, and allocates only if there are regular expressions.
+// false if none does. It does not keep name, and allocates nothing.
 //
 // Those are held against the name in presentation form, in lower case and without the dot at its end; the root is "". In it
 // "\." and "\\" are a dot and a backslash inside of a label, and an octet that is no visible ASCII character is a backslash
@@ -204,15 +205,21 @@ func split(name []byte, buf *[maxName]byte, starts *[maxLabels + 1]uint8) (n, la
 	}
 }
 
+// texts holds room for names in presentation form: an expression that is held against one takes it to the heap. The longest
+// has four octets for each of the name.
+var texts = sync.Pool{New: func() any { return new([4 * maxName]byte) }}
+
 // matchRegexps returns the first rule before limit that has an expression which matches the lower-case name in wire form,
 // without the root's octet, or limit.
 func (t *Table) matchRegexps(name []byte, limit int) int {
-	text := presentation(make([]byte, 0, maxName+16), name)
+	text := texts.Get().(*[4 * maxName]byte)
+	defer texts.Put(text)
+	form := presentation(text[:0], name)
 	for _, e := range t.regexps {
 		if e.rule >= limit {
 			break
 		}
-		if e.re.Match(text) {
+		if e.re.Match(form) {
 			return e.rule
 		}
 	}
