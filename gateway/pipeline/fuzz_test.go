@@ -3,8 +3,14 @@ package pipeline
 import (
 	"bytes"
 	"context"
+	"errors"
+	"fmt"
 	"net/netip"
+	"runtime"
+	"slices"
+	"sync"
 	"testing"
+	"time"
 
 	"dnsgateway/gateway/access"
 	"dnsgateway/gateway/cache"
@@ -97,7 +103,109 @@ func FuzzFastEqualsSlow(f *testing.F) {
 		if q := query(fast, transport, raw); v == wire.Answered && q.Kind == wire.Plain != (wantVerdict == wire.Miss) {
 			t.Errorf("%x: the verdict is %v, and %v without a cache", raw, v, wantVerdict)
 		}
+		q := query(fast, transport, bytes.Clone(raw))
+		if wantVerdict != wire.Miss || q.Qclass != wire.ClassIN {
+			return
+		}
+		followed(t, honest(t), q, want)
+		below(t, fast, q, unpack(t, want))
+		stale(t, q)
 	})
+}
+
+// followed holds the response of a query that follows another one, of the same name in another letter case, equal to want,
+// which is what it gets alone.
+func followed(t *testing.T, up exchange, q *wire.Query, want []byte) {
+	t.Helper()
+	var p *Pipeline
+	var followers sync.WaitGroup
+	p = mustNew(t, Config{Groups: []Group{{Upstream: exchange(func(ctx context.Context, req *dns.Msg) (*dns.Msg, error) {
+		joined := make(chan bool)
+		followers.Go(func() {
+			follower := query(p, q.Transport, q.Raw)
+			out, err := p.Resolve(context.Background(), nil, follower)
+			if err != nil || !bytes.Equal(lower(out), lower(want)) {
+				t.Errorf("%x: who follows gets\n%x, %v, want\n%x", q.Raw, out, err, want)
+			}
+		})
+		go func() {
+			defer close(joined)
+			for { // there is no other way to know that it waits
+				s := p.flights.shard(q.Hash(p.hash))
+				s.mu.Lock()
+				n := 0
+				if s.oldest != nil {
+					n = s.oldest.waiting
+				}
+				s.mu.Unlock()
+				if n == 2 {
+					return
+				}
+				runtime.Gosched()
+			}
+		}()
+		<-joined
+		return up(ctx, req)
+	})}}})
+	leader := *q
+	leader.Raw = lower(q.Raw)
+	leader.Parse(leader.Raw)
+	if leader.Name == nil || !bytes.Equal(leader.Key(0), q.Key(0)) {
+		return // what else is in the message is not a matter of letters
+	}
+	q.Hash(p.hash)
+	if _, err := p.Resolve(context.Background(), nil, &leader); err != nil {
+		t.Errorf("%x: the leader: %v", q.Raw, err)
+	}
+	followers.Wait()
+}
+
+// below asks for a name below that of q, which p has in its cache if it may be there: where q's name does not exist, the
+// answer comes from the cache with the same records.
+func below(t *testing.T, p *Pipeline, q *wire.Query, own *dns.Msg) {
+	t.Helper()
+	if own.Rcode != dns.RcodeNameError || own.Truncated || len(q.Name)+2 > wire.MaxName || q.Kind != wire.Plain {
+		return
+	}
+	raw := append(bytes.Clone(q.Raw[:wire.HeaderLen]), 1, 'x')
+	lowerQuery := query(p, wire.TCP, append(raw, q.Raw[wire.HeaderLen:]...))
+	p.groups[0].Upstream = noUpstream(t)
+	out, v := ask(t, p, lowerQuery)
+	m := checkResponse(t, lowerQuery, out)
+	if v != wire.Answered || m.Rcode != own.Rcode || fmt.Sprint(m.Ns) != fmt.Sprint(own.Ns) {
+		t.Errorf("%x: what is below gets %v\n%v\nwant\n%v", q.Raw, v, m, own)
+	}
+}
+
+// stale lets the time of the answer to q be over while upstreams are dead: what ServeWire says then and what Resolve says are
+// the same, and but for the TTLs and one extended error it is the answer.
+func stale(t *testing.T, q *wire.Query) {
+	t.Helper()
+	store, clock := staleCache(t), newClock()
+	atOnce := mustNew(t, Config{Cache: store, Groups: []Group{{Upstream: honest(t)}}, Now: clock.Now})
+	patient := mustNew(t, Config{Cache: store, Now: clock.Now, Stale: StaleConfig{After: time.Hour}, Groups: []Group{{Upstream: exchange(
+		func(context.Context, *dns.Msg) (*dns.Msg, error) { return nil, errors.New("all dead") })}}})
+	raw := bytes.Clone(q.Raw)
+	first, _ := ask(t, atOnce, query(atOnce, q.Transport, raw))
+	before := unpack(t, first)
+	if _, v := ask(t, atOnce, query(atOnce, wire.TCP, raw)); v != wire.Answered || before.Rcode == dns.RcodeServerFailure {
+		return // not kept, not Plain, or kept as a failure
+	}
+	clock.add(20 * time.Minute)
+	fast, v := ask(t, atOnce, query(atOnce, q.Transport, raw))
+	slow, _ := ask(t, patient, query(patient, q.Transport, raw))
+	if v != wire.Answered || !bytes.Equal(fast, slow) {
+		t.Fatalf("%x: stale: %v\n%x\nand by the other door\n%x", q.Raw, v, fast, slow)
+	}
+	m := checkResponse(t, query(atOnce, q.Transport, raw), fast)
+	if m.Rcode != before.Rcode || !before.Truncated && len(m.Answer) != len(before.Answer) {
+		t.Errorf("%x: stale: got\n%v\nwant but for the TTLs\n%v", q.Raw, m, before)
+	}
+	for _, rr := range slices.Concat(m.Answer, m.Ns) {
+		if rr.Header().Ttl != defaultStaleTTL {
+			t.Errorf("%x: stale: %v", q.Raw, rr)
+		}
+	}
 }
 
 // FuzzAnything sends any bytes: the gateway does not crash, logs nothing, forwards nothing but queries, and a response
