@@ -72,7 +72,15 @@ func (g *Gateway) cacheStats() observe.CacheStats {
 }
 
 func (g *Gateway) inflightStats() observe.InflightStats {
-	return observe.InflightStats{Now: g.policy.Load().pipeline.Inflight(), Max: g.cfg.Limits.Inflight}
+	stats := observe.InflightStats{Now: g.policy.Load().pipeline.Inflight(), Max: g.cfg.Limits.Inflight}
+	for _, s := range g.sockets {
+		for _, server := range s.servers {
+			if shed, ok := server.(interface{ Shed() uint64 }); ok {
+				stats.Shed += shed.Shed()
+			}
+		}
+	}
+	return stats
 }
 
 func (g *Gateway) listenerStats() []observe.ListenerStats {

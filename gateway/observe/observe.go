@@ -81,7 +81,11 @@ func (c eventCollector) Describe(ch chan<- *prometheus.Desc) {
 // Collect implements prometheus.Collector.
 func (c eventCollector) Collect(ch chan<- prometheus.Metric) {
 	for e, d := range eventDescs {
-		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(c.m.events[e].Load()))
+		n := c.m.events[e].Load()
+		if f := c.m.inflight.Load(); f != nil && Event(e) == Shed {
+			n += (*f)().Shed
+		}
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(n))
 	}
 }
 
@@ -99,7 +103,11 @@ type ListenerStats struct {
 }
 
 // InflightStats are the cache misses that are being resolved at one moment, and their bound.
-type InflightStats struct{ Now, Max int }
+type InflightStats struct {
+	Now, Max int
+	// Shed is how many were given up by listeners, before they were counted as an Event.
+	Shed uint64
+}
 
 // Metrics holds all metrics of one gateway. All methods may be called at once from many goroutines.
 type Metrics struct {

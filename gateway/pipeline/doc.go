@@ -8,19 +8,18 @@
 //	admit      access    before every answer, errors and cache hits included, or they would amplify:
 //	                     not allowed: REFUSED or silence; over its rate: TC=1 or silence over UDP, else REFUSED
 //	fault      wire      the RCODE that the message itself earned: FORMERR, NOTIMP, BADVERS
-//	lookup     cache     a Plain query's answer: copied, aged and shaped for the client; else the denial of its name or of
-//	                     one above it (RFC 8020); a stale answer where upstreams have failed a moment ago (RFC 8767)
+//	lookup     cache     a Plain query's answer: copied, aged and shaped for the client. Its type's, or else the denial of its name
+//	                     or of one above it (RFC 8020); a stale one (RFC 8767) where upstreams have just failed; see find.go
 //	-- Miss: from here on allocations and waiting are allowed --
 //	own        pipeline  what never leaves: class CH, AXFR, IXFR, ANY, meta types, signed queries; see own.go
 //	lookup     cache     again, for Odd queries, whose Plain form may be known, for what has come since, and for a stale answer
-//	join       pipeline  one exchange for all who ask the same, each with its own time; see flight.go
-//	bound      pipeline  beyond Config.Inflight exchanges the oldest is shed, and none is queued
+//	coalesce   pipeline  all who ask the same wait for one exchange, and each until its own time is over; see flight.go
+//	bound      pipeline  beyond Config.Inflight exchanges the oldest is given up for the newest; none is queued
 //	match      route     the upstream group, by QNAME alone: whatever the type or class, private names stay with theirs
 //	exchange   Exchanger a fresh query with nothing of the client's but the question, DO and CD
 //	check      pipeline  may this be passed on? What can be wrong with bytes its upstream has looked for; see upstream.go
-//	store      cache     lifetimes decide (RFC 2308); SERVFAIL for some seconds, and in the place of nothing good; truncated
-//	                     answers never
-//	stale      pipeline  instead of a failure, or after Config.Stale.After, what was known before
+//	store      cache     lifetimes decide (RFC 2308); SERVFAIL for 5 s and never over a good answer; truncated ones never
+//	stale      pipeline  what was known before, after Config.Stale.After or when upstreams fail; the exchange goes on for the cache
 //	shape      wire      the same last step as in a cache hit, so that both are equal byte by byte
 //
 // What Run asks to renew an answer in the cache takes the same way from join to store.
