@@ -376,6 +376,7 @@ func (f exchange) Ask(ctx context.Context, q wire.Question) (*wire.Answer, error
 	if resp == nil || err != nil {
 		return nil, err
 	}
+	resp.Compress = true
 	msg, err := resp.Pack()
 	if err != nil {
 		return nil, err
