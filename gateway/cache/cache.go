@@ -271,15 +271,17 @@ func (c *Cache) lifetime(a *wire.Answer) (life, low, high uint32) {
 // Fail notes that asking for key brought no good answer: a is a SERVFAIL, or nil for no answer at all. It never replaces a
 // good entry that may still be used, be it stale: that one only remembers the failure. Without one, a copy of a is kept for
 // 5 s, whatever its TTLs are (RFC 9520; RFC 2308, section 7), so that a name that cannot be resolved is not asked for again
-// by everybody. Fail keeps neither key nor a.
-func (c *Cache) Fail(key []byte, hash uint64, a *wire.Answer, now int64) {
+// by everybody. It returns the answer that clients are to be sent, as Put does. Fail keeps neither key nor a.
+func (c *Cache) Fail(key []byte, hash uint64, a *wire.Answer, now int64) *wire.Answer {
 	var e *entry
 	if a != nil && !a.Truncated() {
 		e = newEntry(key, hash, a, now, failureLife)
 		e.failure = true
 		e.answer.ClampTTL(failureLife, failureLife)
+		a = &e.answer
 	}
 	c.shard(hash).fail(key, hash, e, now)
+	return a
 }
 
 // Stats returns the sum over all shards, which are read one after the other.

@@ -291,7 +291,7 @@ func (p *Pipeline) store(f *flight, r *result, denied bool) {
 		key, hash := p.nameKey(f.key)
 		p.cache.Fail(key, hash, nil, now)
 	case r.answer != nil && r.answer.Rcode == wire.RcodeServFail:
-		p.cache.Fail(f.key, f.hash, r.answer, now)
+		r.answer = p.cache.Fail(f.key, f.hash, r.answer, now)
 	default:
 		p.cache.Fail(f.key, f.hash, nil, now)
 	}
