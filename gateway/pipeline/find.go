@@ -8,7 +8,8 @@ import (
 )
 
 // maxCuts bounds how many names above a question's are looked up after a miss: those nearest to the root, where a name that
-// does not exist has most below it. Few names have more labels.
+// does not exist has most below it. Few names have more labels. The root is not among them: a server that denies it is wrong, and
+// must not have denied everything.
 const maxCuts = 8
 
 // seed is for keys when there is no cache.

@@ -164,7 +164,8 @@ func followed(t *testing.T, up exchange, q *wire.Query, want []byte) {
 // answer comes from the cache with the same records.
 func below(t *testing.T, p *Pipeline, q *wire.Query, own *dns.Msg) {
 	t.Helper()
-	if own.Rcode != dns.RcodeNameError || own.Truncated || len(q.Name)+2 > wire.MaxName || q.Kind != wire.Plain {
+	if n := dns.CountLabel(own.Question[0].Name); n == 0 || n > maxCuts || own.Rcode != dns.RcodeNameError || own.Truncated ||
+		len(q.Name)+2 > wire.MaxName || q.Kind != wire.Plain {
 		return
 	}
 	raw := append(bytes.Clone(q.Raw[:wire.HeaderLen]), 1, 'x')
@@ -303,6 +304,20 @@ func FuzzUpstream(f *testing.F) {
 		second, _ := ask(t, p, query(p, transport, asked))
 		if !bytes.Equal(first, second) {
 			t.Errorf("%x: a hit differs from the miss:\n%x\n%x", raw, second, first)
+		}
+		// What is below, and another type, get the same records, if the answer is a denial that they can be made of.
+		own, _ := ask(t, p, query(p, wire.TCP, asked))
+		want := unpack(t, own)
+		for _, other := range []*dns.Msg{dig("x.y.eXample.com.", dns.TypeMX, option(&dns.EDNS0_PADDING{})), dig("eXample.com.", 65280)} {
+			q := query(p, wire.TCP, pack(t, other))
+			out, v := p.ServeWire(nil, q)
+			if v != wire.Answered {
+				continue
+			}
+			if m := checkResponse(t, q, out); m.Rcode != dns.RcodeNameError || want.Rcode != m.Rcode ||
+				fmt.Sprint(m.Ns, want.Extra[:len(want.Extra)-1]) != fmt.Sprint(want.Ns, m.Extra[:len(m.Extra)-1]) {
+				t.Errorf("%x: %s gets\n%v\nand the name itself\n%v", raw, other.Question[0].Name, m, want)
+			}
 		}
 	})
 }
