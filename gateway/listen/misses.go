@@ -1,6 +1,7 @@
 package listen
 
 import (
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -14,6 +15,8 @@ const (
 	// maxParked is how many workers without work stay. Those that the ordinary load needs are there, with the stacks that
 	// they have grown; what a burst needed beyond them is given back.
 	maxParked = 256
+	// parkFor is how long a worker stays without work.
+	parkFor = 10 * time.Second
 )
 
 // missQueue has a bounded set of workers answer the misses of a listener. When all are busy misses wait; when too many
@@ -37,6 +40,7 @@ type missQueue struct {
 // worker is a goroutine that answers one miss after the other.
 type worker struct {
 	next chan *pending // gets one miss, or nil as the order to end, each time the worker is taken from parked
+	idle *time.Timer
 }
 
 func (w *missQueue) init(limit int, do, drop func(*pending)) {
@@ -86,7 +90,7 @@ func (w *missQueue) giveUp(m *pending) {
 }
 
 func (w *missQueue) work(m *pending) {
-	self := &worker{next: make(chan *pending, 1)}
+	self := &worker{next: make(chan *pending, 1), idle: time.NewTimer(parkFor)}
 	for m != nil {
 		w.do(m)
 		m = w.take(self)
@@ -114,7 +118,23 @@ func (w *missQueue) take(self *worker) *pending {
 	}
 	w.parked = append(w.parked, self)
 	w.mu.Unlock()
-	return <-self.next
+	self.idle.Reset(parkFor)
+	select {
+	case m := <-self.next:
+		self.idle.Stop()
+		return m
+	case <-self.idle.C:
+	}
+	w.mu.Lock()
+	i := slices.Index(w.parked, self)
+	if i < 0 {
+		w.mu.Unlock()
+		return <-self.next // somebody has taken it from parked just now
+	}
+	w.parked = slices.Delete(w.parked, i, i+1)
+	w.workers--
+	w.mu.Unlock()
+	return nil
 }
 
 // finish returns when all misses are answered and the workers have ended. Nothing may be added any more.

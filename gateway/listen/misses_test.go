@@ -123,6 +123,20 @@ func TestMissesWorkers(t *testing.T) {
 		if n := len(c.finished()); n != 100+3*maxParked {
 			t.Errorf("%d are answered, want %d", n, 100+3*maxParked)
 		}
+		time.Sleep(parkFor / 2)
+		c.ask(0)
+		if w, p := count(); w != maxParked || p != maxParked {
+			t.Errorf("%d workers, %d parked while they may stay, want %d", w, p, maxParked)
+		}
+		time.Sleep(parkFor/2 + 1)
+		if w, p := count(); w != 1 || p != 1 {
+			t.Errorf("%d workers, %d parked when the others' time is over, want the one that had work", w, p)
+		}
+		time.Sleep(parkFor)
+		if w, p := count(); w != 0 || p != 0 {
+			t.Errorf("%d workers, %d parked when nothing happens, want none", w, p)
+		}
+		c.ask(0) // and it goes on
 		c.finish()
 		if w, p := count(); w != 0 || p != 0 {
 			t.Errorf("%d workers, %d parked are left", w, p)

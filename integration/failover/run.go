@@ -60,12 +60,17 @@ func (r *run) do(ctx context.Context) (_ result, err error) {
 		}
 	}()
 	take := func() (census, error) { return count(ctx, p.cmd.Process.Pid, c.admin, r.target.judged()) }
+	w.udp, w.dot = c.udp.String(), c.dot.String()
+	w.tls = &tls.Config{RootCAs: l.Roots(), ServerName: "localhost", NextProtos: []string{"dot"}, MinVersion: tls.VersionTLS12}
+	if r.target.judged() {
+		if err := w.greet(ctx); err != nil {
+			return result{}, err
+		}
+	}
 	before, err := steady(ctx, take)
 	if err != nil {
 		return result{}, err
 	}
-	w.udp, w.dot = c.udp.String(), c.dot.String()
-	w.tls = &tls.Config{RootCAs: l.Roots(), ServerName: "localhost", NextProtos: []string{"dot"}, MinVersion: tls.VersionTLS12}
 	most, err := r.drive(ctx, w, c, s, p.cmd.Process.Pid)
 	if err != nil {
 		return result{}, err
