@@ -583,10 +583,10 @@ func (c *loopConn) read(l *loop, have int) int {
 	case n < len(into) && !c.hup:
 		c.unread = false // what comes now is a new edge
 	}
-	if n > 0 {
-		c.quiet = l.now
-	}
 	if c.tls == nil {
+		if n > 0 {
+			c.quiet = l.now
+		}
 		return n
 	}
 	r := c.records
@@ -606,6 +606,9 @@ func (c *loopConn) read(l *loop, have int) int {
 		}
 	}
 	r.in = nil
+	if have > had { // octets of a record that does not end are nothing that the client has said
+		c.quiet = l.now
+	}
 	c.send(&l.t)
 	return have - had
 }
