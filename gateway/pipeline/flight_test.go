@@ -359,3 +359,89 @@ func TestFlightsConcurrent(t *testing.T) {
 		}
 	}
 }
+
+// TestDeserted has an upstream that takes a second to notice that nobody waits for its answer any more: who asks in that second
+// has a question of his own.
+func TestDeserted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var asked atomic.Int64
+		up := exchange(func(ctx context.Context, req *dns.Msg) (*dns.Msg, error) {
+			if asked.Add(1) == 1 {
+				<-ctx.Done()
+				time.Sleep(time.Second)
+				return nil, context.Cause(ctx)
+			}
+			return world(ctx, req)
+		})
+		p := mustNew(t, Config{Groups: []Group{{Upstream: up}}, Now: time.Now})
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			resolve(t, ctx, p, wire.TCP, dig("one.test.", dns.TypeA))
+		})
+		time.Sleep(1500 * time.Millisecond)
+		if m := resolve(t, t.Context(), p, wire.TCP, dig("one.test.", dns.TypeA)); m.Rcode != dns.RcodeSuccess || asked.Load() != 2 {
+			t.Errorf("RCODE %d after %d questions, want 0 after 2", m.Rcode, asked.Load())
+		}
+		wg.Wait()
+		if n := p.Inflight(); n != 0 {
+			t.Errorf("%d in flight when all is done", n)
+		}
+	})
+}
+
+// TestJoinAfterEnd has a query that looked into the cache before a flight stored its answer there, and joins when that flight is
+// over: it is sent back to the cache. Without a key, which is never in the cache, it is not.
+func TestJoinAfterEnd(t *testing.T) {
+	p := mustNew(t, Config{Cache: mustCache(t)})
+	q := query(p, wire.TCP, pack(t, dig("one.test.", dns.TypeA)))
+	key, hash := p.key(q)
+	s := p.flights.shard(hash)
+	before := s.ended.Load()
+	ask(t, p, query(p, wire.TCP, pack(t, dig("one.test.", dns.TypeA))))
+	if f, seat := p.join(t.Context(), s, key, hash, before, q, false); f != nil || seat != nowhere {
+		t.Errorf("with a key: seat %v, want %v", seat, nowhere)
+	}
+	if _, seat := p.join(t.Context(), s, nil, hash, before, q, false); seat != leading {
+		t.Errorf("without a key: seat %v, want %v", seat, leading)
+	}
+	if _, seat := p.join(t.Context(), s, key, hash, s.ended.Load(), q, false); seat != leading {
+		t.Errorf("with the count of now: seat %v, want %v", seat, leading)
+	}
+}
+
+// TestLateTwice has followers whose second question is over early as well: they do not ask a third time.
+func TestLateTwice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		var asked atomic.Int64
+		up := exchange(func(context.Context, *dns.Msg) (*dns.Msg, error) {
+			if asked.Add(1) == 1 {
+				time.Sleep(3 * time.Second)
+			} else {
+				time.Sleep(500 * time.Millisecond)
+			}
+			return nil, outOfTime{}
+		})
+		p := mustNew(t, Config{Groups: []Group{{Upstream: up}}, Now: time.Now})
+		var wg sync.WaitGroup
+		for i := range 20 { // whoever leads the second question, most come later than it
+			wg.Go(func() {
+				joins, want := time.Duration(0), 3*time.Second
+				if i > 0 {
+					joins, want = time.Second+time.Duration(i)*50*time.Millisecond, 3500*time.Millisecond
+				}
+				time.Sleep(joins)
+				m := resolve(t, t.Context(), p, wire.TCP, dig("one.test.", dns.TypeA))
+				if took := time.Since(start); m.Rcode != dns.RcodeServerFailure || took != want {
+					t.Errorf("who came at %v got RCODE %d at %v, want 2 at %v", joins, m.Rcode, took, want)
+				}
+			})
+		}
+		wg.Wait()
+		if n := asked.Load(); n != 2 {
+			t.Errorf("%d questions left, want 2", n)
+		}
+	})
+}

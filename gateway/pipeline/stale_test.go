@@ -446,3 +446,161 @@ func TestDenialRefreshed(t *testing.T) {
 		}
 	})
 }
+
+// TestStaleWaits has a query that was received a second before its turn came: that second is part of what its client waits. And
+// its octets are the listener's again as soon as it has the stale answer: the question that is still under way has its own.
+func TestStaleWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up upstream
+		p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Stale: StaleConfig{After: 1800 * time.Millisecond}})
+		m := dig("one.test.", dns.TypeA)
+		resolve(t, t.Context(), p, wire.TCP, m)
+		time.Sleep(10 * time.Minute)
+		up.set("slow")
+		raw := pack(t, m)
+		q := query(p, wire.TCP, raw)
+		time.Sleep(time.Second)
+		start := time.Now()
+		out, err := p.Resolve(t.Context(), nil, q)
+		if took := time.Since(start); err != nil || took != 800*time.Millisecond || len(edes(unpack(t, out))) != 1 {
+			t.Errorf("%x, %v after %v, want a stale answer after 800ms", out, err, took)
+		}
+		for i := range raw {
+			raw[i] = 1
+		}
+		time.Sleep(3 * time.Second)
+		up.set("dead")
+		if r := resolve(t, t.Context(), p, wire.TCP, m); len(r.Answer) != 1 || len(edes(r)) != 0 {
+			t.Errorf("the late answer was not kept: %v", r)
+		}
+	})
+}
+
+// TestShedIsNoFailure gives up the question for a stale answer: that says nothing about upstreams, and the next client has them
+// asked.
+func TestShedIsNoFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up upstream
+		p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Stale: StaleConfig{After: 1800 * time.Millisecond}, Inflight: 1})
+		one := dig("one.test.", dns.TypeA)
+		resolve(t, t.Context(), p, wire.TCP, one)
+		time.Sleep(10 * time.Minute)
+		up.set("silent")
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if r := resolve(t, t.Context(), p, wire.TCP, one); len(edes(r)) != 1 {
+				t.Errorf("got %v, want a stale answer", r)
+			}
+		})
+		synctest.Wait()
+		wg.Go(func() { resolve(t, t.Context(), p, wire.TCP, dig("two.test.", dns.TypeA)) })
+		wg.Wait()
+		up.set("")
+		if r := resolve(t, t.Context(), p, wire.TCP, one); len(r.Answer) != 1 || len(edes(r)) != 0 {
+			t.Errorf("afterwards: %v, want a fresh answer", r)
+		}
+	})
+}
+
+// TestRenewOnce has many clients get a stale answer at once before anybody is free to renew it: it is asked for once.
+func TestRenewOnce(t *testing.T) {
+	var up upstream
+	clock := newClock()
+	p := mustNew(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Now: clock.Now})
+	raw := pack(t, dig("one.test.", dns.TypeA))
+	ask(t, p, query(p, wire.UDP, raw))
+	clock.add(10 * time.Minute)
+	up.asked.Store(0)
+	for range 5 {
+		if _, v := ask(t, p, query(p, wire.UDP, raw)); v != wire.Answered {
+			t.Fatalf("%v, want a stale answer", v)
+		}
+	}
+	if n := len(p.renewals); n != 5 {
+		t.Fatalf("%d are to be renewed, want 5", n)
+	}
+	for range 5 {
+		r := <-p.renewals
+		p.renewNow(t.Context(), &r)
+	}
+	if n := up.asked.Load(); n != 1 {
+		t.Errorf("asked %d times, want once", n)
+	}
+}
+
+// TestPrefetchQuestion asks below a name that does not exist: what is renewed is the denial of that name, with the DO and CD bits of
+// those who ask, and nobody has to wait for it.
+func TestPrefetchQuestion(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		options []func(*dns.Msg)
+		do, cd  bool
+	}{
+		{"plain", nil, false, false},
+		{"DO", []func(*dns.Msg){dnssec}, true, false},
+		{"CD", []func(*dns.Msg){cdflag}, false, true},
+		{"DO and CD", []func(*dns.Msg){dnssec, cdflag}, true, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var asked atomic.Int64
+				up := exchange(func(ctx context.Context, req *dns.Msg) (*dns.Msg, error) {
+					asked.Add(1)
+					if name := req.Question[0].Name; name != "nxdomain.test." || req.IsEdns0().Do() != tt.do || req.CheckingDisabled != tt.cd {
+						t.Errorf("asked for %s, DO %v, CD %v", name, req.IsEdns0().Do(), req.CheckingDisabled)
+					}
+					return world(ctx, req)
+				})
+				seen := &events{}
+				p := running(t, Config{Groups: []Group{{Upstream: up}}, Cache: staleCache(t), Observer: seen})
+				resolve(t, t.Context(), p, wire.UDP, dig("nxdomain.test.", dns.TypeA, tt.options...))
+				for range 300 {
+					time.Sleep(time.Second)
+					resolve(t, t.Context(), p, wire.UDP, dig("x.y.nxdomain.test.", dns.TypeMX, tt.options...))
+				}
+				if n := seen.outcomes(); n[Hit] != 300 || seen.counted(Prefetch) < 4 || asked.Load() != int64(1+seen.counted(Prefetch)) {
+					t.Errorf("outcomes %v, %d prefetches, %d questions; want 300 hits", n, seen.counted(Prefetch), asked.Load())
+				}
+			})
+		})
+	}
+}
+
+// TestNoDenialBelow has denials that say nothing of the names below them: one whose time is over (RFC 8020, section 2), even where
+// its own name still gets it; the root's; and one so deep that it is not looked for.
+func TestNoDenialBelow(t *testing.T) {
+	deep := strings.Repeat("a.", maxCuts-2) + "test." // maxCuts-1 labels
+	for _, tt := range []struct {
+		name, denied, below string
+		later               time.Duration
+		own, want           Outcome // of the denied name, and of the one below
+	}{
+		{"fresh", "nxdomain.test.", "x.nxdomain.test.", 0, Hit, Hit},
+		{"stale", "nxdomain.test.", "x.nxdomain.test.", 10 * time.Minute, Stale, Miss},
+		{"root", ".", "test.", 0, Hit, Miss},
+		{"as deep as may be", "nxdomain." + deep, "x.nxdomain." + deep, 0, Hit, Hit},
+		{"deeper", "nxdomain.a." + deep, "x.nxdomain.a." + deep, 0, Hit, Miss},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var up upstream
+				seen := &events{}
+				p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Observer: seen})
+				up.set("NXDOMAIN")
+				resolve(t, t.Context(), p, wire.TCP, dig(tt.denied, dns.TypeA))
+				up.set("dead")
+				time.Sleep(tt.later)
+				for _, q := range []struct {
+					name string
+					want Outcome
+				}{{tt.below, tt.want}, {tt.denied, tt.own}} {
+					seen.list = nil
+					resolve(t, t.Context(), p, wire.TCP, dig(q.name, dns.TypeAAAA))
+					if got := seen.last(t); got.outcome != q.want {
+						t.Errorf("%s: %v, want %v", q.name, got.outcome, q.want)
+					}
+				}
+			})
+		})
+	}
+}
