@@ -100,12 +100,13 @@ func (s *snapshot) flush(name []byte, below bool) int {
 	return n
 }
 
-// keep runs the snapshot, if there is one, until the function that it returns is called, which saves the cache a last time.
+// keep runs the snapshot, if there is one, until the function that it returns is called, which saves the cache a last time. The
+// end of ctx is not that of the snapshot: what the admin endpoint flushes after it has to be saved as well.
 func (g *Gateway) keep(ctx context.Context) (end func()) {
 	if g.snapshot == nil {
 		return func() {}
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

@@ -161,6 +161,27 @@ func TestSnapshotStopWhileLoading(t *testing.T) {
 	})
 }
 
+// TestSnapshotFlushWhileStopping flushes when everything but the admin endpoint has ended: the file is saved after that.
+func TestSnapshotFlushWhileStopping(t *testing.T) {
+	store := &fakeStore{takes: time.Second}
+	inBubble(t, store, func(t *testing.T, g *Gateway, _ *lines) {
+		background, stop := context.WithCancel(t.Context())
+		end := g.keep(background)
+		time.Sleep(10 * time.Second)
+		stop()
+		time.Sleep(5 * time.Second)
+		if n, err := g.flush("a.example", false); n != 3 || err != nil {
+			t.Errorf("flush: got %d, %v", n, err)
+		}
+		end()
+		want := []string{"0s load c.bin", `15s flush "\x01a\aexample\x00" false`, "15s save c.bin"}
+		got := store.seen()
+		if len(got) < len(want) || cmp.Diff(want, got[:len(want)]) != "" {
+			t.Errorf("calls: got %q, want %q", got, want)
+		}
+	})
+}
+
 // TestSnapshotSlowDisk has a disk that does not come back: the stop does.
 func TestSnapshotSlowDisk(t *testing.T) {
 	store := &fakeStore{takes: time.Hour}
