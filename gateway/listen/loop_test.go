@@ -306,6 +306,23 @@ func TestStreamTimes(t *testing.T) {
 			c.send(append(framed(query(t, "hit", 1)), 0, 40))
 			c.want(1)
 		}},
+		{"a TLS record that does not end", idle, func(t *testing.T, c *streamClient, _ *fake) {
+			c.send(framed(query(t, "hit", 1)))
+			c.want(1)
+			if _, ok := c.Conn.(*tls.Conn); !ok {
+				return
+			}
+			// Octets now and then are nothing that a client has said.
+			dripped := make(chan struct{})
+			t.Cleanup(func() { <-dripped })
+			go func() {
+				defer close(dripped)
+				_, err := c.raw.Write([]byte{23, 3, 3, 0x40, 0})
+				for tick := time.NewTicker(idle / 8); err == nil; <-tick.C {
+					_, err = c.raw.Write([]byte{1})
+				}
+			}()
+		}},
 		{"idle after a miss", idle, func(t *testing.T, c *streamClient, h *fake) {
 			c.send(framed(query(t, "slow", 1)))
 			receive(t, h.waiting)
