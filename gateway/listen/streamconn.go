@@ -85,12 +85,9 @@ func (c *streamConn) feed(have int) (left int, ok bool) {
 		t.full = false
 		used, err := c.m.input(t, rest)
 		rest = rest[used:]
-		for i, m := range t.misses {
-			t.misses[i] = nil
-			c.s.wg.Add(1)
-			go c.miss(m)
+		if len(t.misses) > 0 { // c.miss as a value is an allocation
+			c.start(t, c.miss)
 		}
-		t.misses = t.misses[:0]
 		said := len(t.out) > 0
 		if used == 0 || len(rest) == 0 || len(t.out) >= flushSize {
 			c.flush(t)

@@ -56,7 +56,7 @@ func newStreams(ctx context.Context, c *Common, limit *connLimit, idle, message 
 }
 
 // add takes over an accepted connection: nc as the acceptor gave it, and over it tc, whose handshake is complete, or nil.
-// A tc that came from secure costs least. When add returns, neither belongs to the caller any more; m never did. After
+// A tc that came from shakeHands costs least. When add returns, neither belongs to the caller any more; m never did. After
 // drain, add closes the connection: no query of it was read.
 func (s *streams) add(nc net.Conn, tc *tls.Conn, m machine) {
 	s.mu.Lock()
@@ -82,11 +82,8 @@ func (s *streams) add(nc net.Conn, tc *tls.Conn, m machine) {
 	}()
 }
 
-// secure returns the server's side of TLS over nc, which add can part from nc. The handshake is the caller's, and so is
-// the connection when it is not added.
-func secure(nc net.Conn, cfg *tls.Config) *tls.Conn { return tls.Server(&cipherConn{nc: nc}, cfg) }
-
-// shakeHands is secure with the handshake, for which there is so much time. nc stays the caller's when it fails.
+// shakeHands makes nc the server's side of a TLS connection, which add can part from nc again; for the handshake there is so
+// much time. nc stays the caller's when it fails.
 //
 // The last octets of a handshake are the client's, and crypto/tls has nothing to say to them, so the system would wait 40 ms
 // for something that it could acknowledge them with. A client that leaves Nagle's algorithm on (RFC 9293, section 3.7.4) does
@@ -94,7 +91,7 @@ func secure(nc net.Conn, cfg *tls.Config) *tls.Conn { return tls.Server(&cipherC
 func shakeHands(ctx context.Context, nc net.Conn, cfg *tls.Config, limit time.Duration) (*tls.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	tc := secure(nc, cfg)
+	tc := tls.Server(&cipherConn{nc: nc}, cfg)
 	if err := tc.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
@@ -151,6 +148,16 @@ func (f *flow) safely(do func()) (ok bool) {
 	}()
 	do()
 	return true
+}
+
+// start has do resolve the misses of a turn, each on a goroutine of its own. mu is held.
+func (f *flow) start(t *turn, do func(*miss)) {
+	for i, m := range t.misses {
+		t.misses[i] = nil
+		f.s.wg.Add(1)
+		go do(m)
+	}
+	t.misses = t.misses[:0]
 }
 
 // resolve answers the miss m, which it owns. The caller has counted it in s.wg. It returns true when the caller has to
