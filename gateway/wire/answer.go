@@ -208,13 +208,6 @@ func (a *Answer) Answers(q Question) bool {
 		binary.BigEndian.Uint16(a.Msg[end:]) == q.Qtype && binary.BigEndian.Uint16(a.Msg[end+2:]) == q.Qclass
 }
 
-// Clone returns a copy of a that shares no memory with it.
-func (a *Answer) Clone() Answer {
-	var b Answer
-	a.CloneInto(&b, nil)
-	return b
-}
-
 // CloneInto makes b a copy of a that shares no memory with it, in as few objects as that takes: behind a copy of front,
 // all that b refers to but the list of its extended DNS errors lies in one array without pointers, which is returned with
 // all the capacity that the allocator gave it. That list is a new one only if b.EDE has no room for it.

@@ -729,7 +729,8 @@ func TestLifetime(t *testing.T) {
 func TestClampAndClone(t *testing.T) {
 	a := answer(t, response(t, "a.example.", dns.TypeA, "a.example. 300 A 192.0.2.1\na.example. 20 A 192.0.2.2"))
 	a.EDE = []EDE{{1, "text"}}
-	b := a.Clone()
+	var b Answer
+	a.CloneInto(&b, nil)
 	b.ClampTTL(30, 200)
 	b.EDE[0].Code = 2
 	ttls := func(a *Answer) (list []uint32) {
@@ -900,7 +901,8 @@ func FuzzAnswer(f *testing.F) {
 		}
 		raw := shape.AppendAnswer(nil, &q, a, age)
 		checkAnswer(t, &q, a, raw, age)
-		if b := a.Clone(); !bytes.Equal(shape.AppendAnswer(nil, &q, &b, age), raw) {
+		var b Answer
+		if a.CloneInto(&b, nil); !bytes.Equal(shape.AppendAnswer(nil, &q, &b, age), raw) {
 			t.Fatal("a clone answers differently")
 		}
 		checkReadAgain(t, a)
