@@ -293,16 +293,16 @@ func (c *Cache) Stats() Stats {
 	return s
 }
 
-// Flush forgets all answers. The counter goes on.
-func (c *Cache) Flush() {
-	for i := range c.shards {
-		c.shards[i].flush()
-	}
-}
-
 // FlushName forgets the answers for a name, which is in lower-case wire form: every type, DO, CD and view of it, and with
-// below everything under it. It returns how many entries went. It looks at all entries, one shard after the other.
+// below everything under it: with the root's everything there is. It returns how many entries went. It looks at all
+// entries, one shard after the other.
 func (c *Cache) FlushName(name []byte, below bool) (n int) {
+	if below && len(name) == 1 {
+		for i := range c.shards {
+			n += c.shards[i].flush()
+		}
+		return n
+	}
 	match := func(key []byte) bool { return bytes.HasPrefix(key, name) }
 	if below {
 		match = func(key []byte) bool { return under(key, name) }

@@ -286,7 +286,7 @@ func TestStatsAndFlush(t *testing.T) {
 	if s.Entries != 100 || s.Evictions != 0 || bytes < 100*200 || bytes > 100*500 {
 		t.Errorf("got %+v", s)
 	}
-	c.Flush()
+	c.FlushName([]byte{0}, true)
 	want := Stats{Bytes: empty.Bytes, MaxBytes: empty.MaxBytes}
 	if diff := cmp.Diff(c.Stats(), want); diff != "" {
 		t.Errorf("(-got +want)\n%s", diff)
@@ -609,7 +609,7 @@ func TestTogether(t *testing.T) {
 				}
 			}
 			if g == 0 {
-				c.Flush()
+				c.FlushName([]byte{0}, true)
 			}
 		})
 	}

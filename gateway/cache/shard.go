@@ -427,8 +427,8 @@ func (s *shard) addTo(t *Stats) {
 	t.Evictions += s.evictions
 }
 
-// flush drops all entries and the memory of those that left.
-func (s *shard) flush() {
+// flush drops all entries and the memory of those that left. It returns how many entries there were.
+func (s *shard) flush() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i := range s.slots {
@@ -444,7 +444,9 @@ func (s *shard) flush() {
 		}
 		*q = queue{}
 	}
+	n := s.entries
 	s.entries = 0
+	return int(n)
 }
 
 // flushName drops the entries whose keys match, and returns how many.

@@ -86,7 +86,7 @@ func FuzzFastEqualsSlow(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, raw []byte, n uint8) {
 		transport := transports[int(n)%len(transports)]
-		store.Flush()
+		store.FlushName([]byte{0}, true)
 		clock := newClock()
 		fast := mustNew(t, Config{Cache: store, Groups: []Group{{Upstream: honest(t)}}, Now: clock.Now})
 		slow := mustNew(t, Config{Groups: []Group{{Upstream: honest(t)}}, Now: clock.Now})
@@ -290,7 +290,7 @@ func FuzzUpstream(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Fuzz(func(t *testing.T, raw []byte, n uint8) {
-		store.Flush()
+		store.FlushName([]byte{0}, true)
 		p := mustNew(t, Config{Cache: store, Groups: []Group{{Upstream: exchange(func(context.Context, *dns.Msg) (*dns.Msg, error) {
 			resp := new(dns.Msg)
 			return resp, resp.Unpack(raw)

@@ -691,7 +691,7 @@ func TestResolveAllocates(t *testing.T) {
 	q := query(p, wire.UDP, pack(t, m))
 	dst := make([]byte, 0, 4096)
 	n := testing.AllocsPerRun(100, func() {
-		p.cache.Flush()
+		p.cache.FlushName([]byte{0}, true)
 		if _, err := p.Resolve(ctx, dst, q); err != nil {
 			t.Fatal(err)
 		}

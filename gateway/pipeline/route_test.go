@@ -62,7 +62,7 @@ func TestRoutes(t *testing.T) {
 					} {
 						asked, answer = nil, reply
 						if cached {
-							p.cache.Flush() // of the SERVFAIL that was kept just before
+							p.cache.FlushName([]byte{0}, true) // of the SERVFAIL that was kept just before
 						}
 						q := query(p, transport, pack(t, dig(tt.name, qtype)))
 						out, _ := ask(t, p, q)
