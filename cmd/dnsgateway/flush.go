@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -112,13 +111,7 @@ func askFlush(ctx context.Context, addr netip.AddrPort, token string, f flushFla
 		req.Header.Set("Authorization", "Bearer "+token)
 	}
 	target.RawQuery = "" // what is left is for messages
-	transport := &http.Transport{DisableKeepAlives: true}
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		return 0, fmt.Errorf("asking %s: %w", &target, err)
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxFlushBody))
+	resp, body, err := askAdmin(req, maxFlushBody)
 	if err != nil {
 		return 0, fmt.Errorf("asking %s: %w", &target, err)
 	}

@@ -110,13 +110,7 @@ func askHealth(ctx context.Context, target string) error {
 	if err != nil {
 		return err
 	}
-	transport := &http.Transport{DisableKeepAlives: true} // and no proxy, whatever the environment says
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		return fmt.Errorf("asking %s: %w", target, err)
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxHealthBody))
+	resp, body, err := askAdmin(req, maxHealthBody)
 	if err != nil {
 		return fmt.Errorf("asking %s: %w", target, err)
 	}
@@ -124,6 +118,18 @@ func askHealth(ctx context.Context, target string) error {
 		return nil
 	}
 	return fmt.Errorf("%s says %s%s", target, printable(resp.Status), healthReasons(body))
+}
+
+// askAdmin sends req to the admin endpoint of a running gateway and returns what it says, at most so many octets of the body,
+// which is closed then.
+func askAdmin(req *http.Request, most int64) (resp *http.Response, body []byte, err error) {
+	transport := &http.Transport{DisableKeepAlives: true} // and no proxy, whatever the environment says
+	if resp, err = transport.RoundTrip(req); err != nil {
+		return nil, nil, err
+	}
+	defer resp.Body.Close()
+	body, err = io.ReadAll(io.LimitReader(resp.Body, most))
+	return resp, body, err
 }
 
 // healthReasons returns the reasons in the body of /readyz, a line each, or the body itself if it is something else.
