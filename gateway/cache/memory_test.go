@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -59,9 +60,9 @@ func TestEntry(t *testing.T) {
 		ede  []wire.EDE
 		want float64
 	}{
-		{"plain", nil, 2},
+		{"plain", nil, 1},
 		{"with an extended DNS error", []wire.EDE{{Code: 3, Text: "text"}}, 2},
-		{"with two", []wire.EDE{{Code: 3, Text: "text"}, {Code: 4, Text: "text"}}, 3},
+		{"with two", []wire.EDE{{Code: 3, Text: "text"}, {Code: 4, Text: "text"}}, 2},
 	} {
 		a.EDE = tt.ede
 		c := newCache(t, Config{})
@@ -71,6 +72,26 @@ func TestEntry(t *testing.T) {
 		}
 		if n := testing.AllocsPerRun(100, func() { c.Get(key, hash, start); c.Fail(key, hash, nil, start) }); n != 0 {
 			t.Errorf("%s: Get and Fail make %v objects, want none", tt.name, n)
+		}
+	}
+}
+
+// TestEntrySizes makes entries of all sizes and looks at what they hold and cost.
+func TestEntrySizes(t *testing.T) {
+	key := keyOf("www.host1234.example.org.", 1, 0, 0)
+	for n := 1; n < 1500; n += 3 {
+		var records strings.Builder
+		for left := n; left > 0; left -= 200 {
+			fmt.Fprintf(&records, "a.example. 300 A 192.0.2.1\na.example. 300 TXT %s\n", strings.Repeat("x", min(left, 200)))
+		}
+		a := answer(t, response(t, 0, records.String()))
+		e := newEntry(key, 7, a, start, 300)
+		if string(e.keyBytes()) != string(key) || string(e.answer.Msg) != string(a.Msg) || !slices.Equal(e.answer.TTLs, a.TTLs) {
+			t.Fatalf("%d octets of text: the entry holds %q and %v", n, e.answer.Msg, e.answer.TTLs)
+		}
+		least := a.CloneLen(len(key)) + int(unsafe.Sizeof(*e))
+		if int(e.cost) < least || int(e.cost) > least*5/4+64 {
+			t.Errorf("%d octets of text: an entry of %d octets costs %d", n, least, e.cost)
 		}
 	}
 }

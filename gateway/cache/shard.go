@@ -2,6 +2,7 @@ package cache
 
 import (
 	"math/bits"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -49,40 +50,58 @@ type entry struct {
 	prev, next *entry // the neighbours in the queue; guarded by the shard's lock
 }
 
-// entryEDE is an entry with room for one extended DNS error, which is all that an answer ever has, nearly.
-type entryEDE struct {
+// roomy is an entry with room behind it for what it refers to: one object, so that a lookup finds all of it in one place.
+// There are no pointers in T, and the garbage collector does not look at it.
+type roomy[T any] struct {
 	entry
-	ede [1]wire.EDE
+	room T
 }
 
-// What the structs, and a list of n extended DNS errors, take on the heap.
-var (
-	costEntry    = sizeClass(int(unsafe.Sizeof(entry{})))
-	costEntryEDE = sizeClass(int(unsafe.Sizeof(entryEDE{})))
-)
+// entrySize is one of the sizes of objects that entries are made in.
+type entrySize struct {
+	room, cost int // octets for what an entry refers to, and what the object takes on the heap
+	make       func() (*entry, []byte)
+}
+
+func sizeOf[T any]() entrySize {
+	var r roomy[T]
+	return entrySize{int(unsafe.Sizeof(r.room)), sizeClass(int(unsafe.Sizeof(r))), func() (*entry, []byte) {
+		r := new(roomy[T])
+		return &r.entry, unsafe.Slice((*byte)(unsafe.Pointer(&r.room)), unsafe.Sizeof(r.room))
+	}}
+}
+
+// entrySizes are the allocator's size classes from 256 to 1024 octets, less the header that objects of more than 512 have.
+// A larger entry has an array of its own.
+var entrySizes = []entrySize{
+	sizeOf[[32]uint16](), sizeOf[[48]uint16](), sizeOf[[64]uint16](), sizeOf[[80]uint16](), sizeOf[[96]uint16](),
+	sizeOf[[112]uint16](), sizeOf[[128]uint16](), sizeOf[[144]uint16](), sizeOf[[160]uint16](),
+	sizeOf[[188]uint16](), sizeOf[[220]uint16](), sizeOf[[252]uint16](), sizeOf[[284]uint16](), sizeOf[[348]uint16](),
+	sizeOf[[412]uint16](),
+}
 
 // sizeClass returns how many octets the allocator takes for an object of n.
-func sizeClass(n int) uint32 { return uint32(cap(append([]byte(nil), make([]byte, n)...))) }
+func sizeClass(n int) int { return cap(append([]byte(nil), make([]byte, n)...)) }
 
-// newEntry returns an entry that shares no memory with key and a: the struct, and one array without pointers for all that
-// it refers to.
+// newEntry returns an entry that shares no memory with key and a.
 func newEntry(key []byte, hash uint64, a *wire.Answer, now int64, life uint32) *entry {
 	var e *entry
-	cost := costEntry
-	if len(a.EDE) == 0 {
-		e = new(entry)
+	var array []byte
+	cost, n := 0, a.CloneLen(len(key))
+	if i := slices.IndexFunc(entrySizes, func(s entrySize) bool { return n <= s.room }); i >= 0 {
+		e, array = entrySizes[i].make()
+		cost = entrySizes[i].cost
 	} else {
-		big := new(entryEDE)
-		e, cost = &big.entry, costEntryEDE
-		e.answer.EDE = big.ede[:0]
+		e = new(entry)
+		units := append([]uint16(nil), make([]uint16, (n+1)/2)...)
+		array = unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(units))), 2*cap(units))
+		cost = sizeClass(int(unsafe.Sizeof(*e))) + len(array)
 	}
-	array := a.CloneInto(&e.answer, key)
-	if n := len(a.EDE); n > 1 {
-		cost += uint32(cap(e.answer.EDE) * int(unsafe.Sizeof(wire.EDE{})))
-	}
+	a.CloneInto(&e.answer, array, key)
+	cost += cap(e.answer.EDE) * int(unsafe.Sizeof(wire.EDE{}))
 	e.hash, e.stored, e.life = hash, now, life
 	e.key, e.keyLen = unsafe.SliceData(array), uint16(len(key))
-	e.cost = cost + uint32(cap(array))
+	e.cost = uint32(cost)
 	return e
 }
 

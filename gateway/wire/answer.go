@@ -208,40 +208,40 @@ func (a *Answer) Answers(q Question) bool {
 		binary.BigEndian.Uint16(a.Msg[end:]) == q.Qtype && binary.BigEndian.Uint16(a.Msg[end+2:]) == q.Qclass
 }
 
-// CloneInto makes b a copy of a that shares no memory with it, in as few objects as that takes: behind a copy of front,
-// all that b refers to but the list of its extended DNS errors lies in one array without pointers, which is returned with
-// all the capacity that the allocator gave it. That list is a new one only if b.EDE has no room for it.
-func (a *Answer) CloneInto(b *Answer, front []byte) (array []byte) {
-	// It is an array of uint16, so that the offsets are aligned.
-	text := 0
-	for _, e := range a.EDE {
-		text += len(e.Text)
+// CloneLen returns how many octets [Answer.CloneInto] needs for a copy of a behind a front of so many octets.
+func (a *Answer) CloneLen(front int) int {
+	n := front + front&1 + 2*len(a.TTLs) + int(unsafe.Sizeof(cut{}))*len(a.cuts) + len(a.Msg)
+	for i := range a.EDE {
+		n += len(a.EDE[i].Text)
 	}
-	ttls := (len(front) + 1) / 2
-	cuts := ttls + len(a.TTLs)
-	msg := cuts + int(unsafe.Sizeof(cut{})/2)*len(a.cuts)
-	units := append([]uint16(nil), make([]uint16, msg+(len(a.Msg)+text+1)/2)...)
-	array = unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(units))), 2*cap(units))
-	copy(array, front)
+	return n
+}
 
+// CloneInto makes b a copy of a that shares no memory with it: behind a copy of front, all that b refers to but the list of
+// its extended DNS errors lies in array, which has at least CloneLen octets, is aligned for a uint16, and has no other user
+// from then on. The list is a new one only if b.EDE has no room for it.
+func (a *Answer) CloneInto(b *Answer, array, front []byte) {
+	off := copy(array, front)
+	off += off & 1 // so that what follows is aligned
 	list := b.EDE[:0]
 	*b = *a
-	b.TTLs = units[ttls:cuts:cuts]
-	copy(b.TTLs, a.TTLs)
-	if len(a.cuts) > 0 {
-		b.cuts = unsafe.Slice((*cut)(unsafe.Pointer(&units[cuts])), len(a.cuts))
-		copy(b.cuts, a.cuts)
+	if n := len(a.TTLs); n > 0 {
+		b.TTLs = unsafe.Slice((*uint16)(unsafe.Pointer(&array[off])), n)
+		off += 2 * copy(b.TTLs, a.TTLs)
 	}
-	off := 2*msg + len(a.Msg)
-	b.Msg = array[2*msg : off : off]
+	if n := len(a.cuts); n > 0 {
+		b.cuts = unsafe.Slice((*cut)(unsafe.Pointer(&array[off])), n)
+		off += int(unsafe.Sizeof(cut{})) * copy(b.cuts, a.cuts)
+	}
+	end := off + len(a.Msg)
+	b.Msg = array[off:end:end]
 	copy(b.Msg, a.Msg)
 	b.EDE = append(list, a.EDE...)
 	for i := range b.EDE {
-		n := copy(array[off:], b.EDE[i].Text)
-		b.EDE[i].Text = unsafe.String(unsafe.SliceData(array[off:]), n)
-		off += n
+		n := copy(array[end:], b.EDE[i].Text)
+		b.EDE[i].Text = unsafe.String(unsafe.SliceData(array[end:]), n)
+		end += n
 	}
-	return array
 }
 
 // AppendPacked appends a to dst as a packed response, of which [ReadAnswer] makes an equal Answer, Secure aside, and returns
