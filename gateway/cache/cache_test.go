@@ -630,9 +630,40 @@ func TestGetDoesNotAllocate(t *testing.T) {
 	c := newCache(t, Config{})
 	hit, miss := []byte("\x01a\x07example\x00aabcccc"), []byte("\x01b\x07example\x00aabcccc")
 	put(c, hit, address(t, 300), start)
-	if n := testing.AllocsPerRun(100, func() { get(c, hit, start); get(c, miss, start) }); n != 0 {
+	hashes := []uint64{c.Hash(hit), c.Hash(miss)}
+	if n := testing.AllocsPerRun(100, func() { c.Touch(hashes); get(c, hit, start); get(c, miss, start) }); n != 0 {
 		t.Errorf("%v allocs, want 0", n)
 	}
+}
+
+// TestTouch touches more names than are touched at once, known and unknown ones, in a table whose chains are long. That is
+// no use: the entries are as unpopular as before.
+func TestTouch(t *testing.T) {
+	c := newCache(t, Config{})
+	var hashes []uint64
+	var hits []*entry
+	for i := range 3*touchAtOnce + 1 {
+		key := fmt.Appendf(nil, "\x04%04d\x00aabcccc", i)
+		hash := c.Hash(key)
+		if i%5 > 0 {
+			hash = uint64(i%3) << 60 // as find sees it, another key with the same hash is another one
+			c.Put(key, hash, address(t, 300), start)
+			hits = append(hits, c.table.find(key, hash))
+		}
+		hashes = append(hashes, hash)
+	}
+	for n := range hashes {
+		c.Touch(hashes[:n])
+	}
+	if seen := c.table.touch(hashes[1:2]); seen == 0 {
+		t.Error("an entry was not read")
+	}
+	for _, e := range hits {
+		if e == nil || e.hits.Load() != 0 {
+			t.Fatalf("%v was found by nobody", e)
+		}
+	}
+	check(t, c)
 }
 
 // BenchmarkGet looks names up at random. With more names than the processor's caches hold, what it costs is the waiting for

@@ -6,11 +6,13 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
 	"runtime"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -87,6 +89,40 @@ func TestBatchCalls(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestPacketExpect sends datagrams that are read together.
+func TestPacketExpect(t *testing.T) {
+	for _, broken := range []bool{false, true} {
+		h := &expecting{fake: newFake(), broken: broken}
+		var log syncBuffer
+		cfg := PacketConfig{Common: common(h), Sockets: 1}
+		cfg.Addr, cfg.Logger = netip.MustParseAddrPort("127.0.0.1:0"), slog.New(slog.NewTextHandler(&log, nil))
+		l, r := idlePacket(t, cfg)
+		c := dial(t, l.Addr().String())
+		want := []string{"hit-a", "", "hit-b", "hit-c"}
+		for i, name := range want {
+			if name == "" {
+				send(t, c, []byte("junk"))
+			} else {
+				send(t, c, query(t, name, uint16(i)))
+			}
+		}
+		serveQueued(t, r, len(want))
+		send(t, c, query(t, "hit-alone", 9))
+		serveQueued(t, r, 1)
+		for range len(want) {
+			if m := readMsg(t, c); len(m.Answer) != 1 {
+				t.Errorf("got %v, want an answer", m)
+			}
+		}
+		if len(h.names) != 1 || !slices.Equal(h.names[0], want) || h.served[0] != 0 {
+			t.Errorf("expected %q when %v were served, want %q before any of them", h.names, h.served, want)
+		}
+		if got := strings.Contains(log.String(), "panic"); got != broken {
+			t.Errorf("broken is %v, and the log %q", broken, log.String())
+		}
 	}
 }
 

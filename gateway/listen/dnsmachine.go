@@ -11,6 +11,8 @@ const (
 	prefixLen = 2
 	// flushSize is how much is collected before it is written although more queries are waiting.
 	flushSize = 16 << 10
+	// aheadSize is how many queries are read before the first of them is answered, so that the Handler can expect them.
+	aheadSize = 16
 )
 
 // dnsMachine is DNS over a stream: messages with a length in front (RFC 1035, section 4.2.2), any number of them at once
@@ -25,32 +27,51 @@ func newDNSMachine(p peer, pipeline int) *dnsMachine { return &dnsMachine{peer: 
 
 // input implements machine.
 func (d *dnsMachine) input(t *turn, data []byte) (used int, err error) {
-	for len(t.out) < flushSize {
-		rest := data[used:]
-		if len(rest) < prefixLen {
-			break
+	for {
+		// No more than there may be misses, or they would be read again each time that one comes back.
+		most := min(aheadSize, max(d.pipeline-d.misses, 1))
+		qs := d.ahead(t, data[used:], most)
+		d.common.expect(qs)
+		for i := range qs {
+			if len(t.out) >= flushSize {
+				return used, nil
+			}
+			if d.misses >= d.pipeline {
+				t.full = true
+				return used, nil
+			}
+			d.query(t, &qs[i])
+			used += prefixLen + len(qs[i].Raw)
 		}
-		end := prefixLen + int(binary.BigEndian.Uint16(rest))
-		if len(rest) < end {
-			break
+		if len(qs) < most {
+			return used, nil
 		}
-		if d.misses >= d.pipeline {
-			t.full = true
-			break
-		}
-		d.query(t, rest[prefixLen:end])
-		used += end
 	}
-	return used, nil
+}
+
+// ahead reads the first messages of data that are whole, so many at most.
+func (d *dnsMachine) ahead(t *turn, data []byte, most int) []wire.Query {
+	n := 0
+	for ; n < most && len(data) >= prefixLen; n++ {
+		end := prefixLen + int(binary.BigEndian.Uint16(data))
+		if len(data) < end {
+			break
+		}
+		if n == len(t.queries) {
+			t.queries = append(t.queries, wire.Query{})
+		}
+		q := &t.queries[n]
+		q.Client, q.Local, q.Transport, q.Listener = d.client, d.local, d.transport, d.common.Name
+		q.Received, q.Lane = t.received, t.lane
+		q.Parse(data[prefixLen:end])
+		data = data[end:]
+	}
+	return t.queries[:n]
 }
 
 // query answers one message, or makes it a miss.
-func (d *dnsMachine) query(t *turn, msg []byte) {
+func (d *dnsMachine) query(t *turn, q *wire.Query) {
 	t.served++
-	q := &t.q
-	q.Client, q.Local, q.Transport, q.Listener = d.client, d.local, d.transport, d.common.Name
-	q.Received, q.Lane = t.received, t.lane
-	q.Parse(msg)
 	at := len(t.out)
 	out, verdict := d.common.serveWire(append(t.out, 0, 0), q)
 	if verdict != wire.Answered || !setPrefix(out[at:]) {
@@ -59,7 +80,7 @@ func (d *dnsMachine) query(t *turn, msg []byte) {
 	t.out = out
 	if verdict == wire.Miss {
 		d.misses++
-		t.misses = append(t.misses, newMiss(q, msg))
+		t.misses = append(t.misses, newMiss(q, q.Raw))
 	}
 }
 

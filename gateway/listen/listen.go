@@ -35,6 +35,14 @@ type Handler interface {
 	Resolve(ctx context.Context, dst []byte, q *wire.Query) ([]byte, error)
 }
 
+// Expecter is what a Handler can be besides.
+type Expecter interface {
+	// Expect is told the queries that came in together, before ServeWire is called for them one after the other: what has
+	// to be fetched from memory for each can be fetched for all at once. It may set nothing of them but what belongs to
+	// the Handler. It never waits for I/O.
+	Expect(qs []wire.Query)
+}
+
 // Server is one bound listener.
 type Server interface {
 	// Serve reads queries and answers them until Shutdown, and returns nil then. It is called at most once. When it
@@ -58,10 +66,12 @@ var (
 
 // Common is what every listener has to know.
 type Common struct {
-	Handler Handler
+	Handler Handler        // may be an Expecter
 	Name    string         // the listener's name in the file, or its URL
 	Addr    netip.AddrPort // the unspecified IPv6 address means both families
 	Logger  *slog.Logger   // nil discards
+
+	expecter Expecter // the Handler if it is one
 }
 
 // Limits bound what connections can hold. The zero value of a field means its default.
@@ -124,6 +134,7 @@ func (c *Common) check() error {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	c.Logger = c.Logger.With("listener", c.Name)
+	c.expecter, _ = c.Handler.(Expecter)
 	return nil
 }
 
@@ -136,6 +147,19 @@ func (c *Common) serveWire(dst []byte, q *wire.Query) (out []byte, verdict wire.
 		}
 	}()
 	return c.Handler.ServeWire(dst, q)
+}
+
+// expect is Expecter.Expect, where there is one and it can gain something. A panic costs nothing.
+func (c *Common) expect(qs []wire.Query) {
+	if c.expecter == nil || len(qs) < 2 {
+		return
+	}
+	defer func() {
+		if r := recover(); r != nil {
+			c.logPanic(r)
+		}
+	}()
+	c.expecter.Expect(qs)
 }
 
 // resolve is Handler.Resolve for whom a panic is an error.

@@ -230,15 +230,15 @@ type reader struct {
 	rx      receiver
 	tx      sender // not the socket's: a hit never waits for another goroutine
 	lane    uint8
-	q       wire.Query
-	out     []byte // holds the messages of answers, one behind the other
+	queries []wire.Query // one for each packet
+	out     []byte       // holds the messages of answers, one behind the other
 	answers []answer
 }
 
 func (l *Packet) newReader(lane int) *reader {
 	s := l.sockets[lane%len(l.sockets)]
 	return &reader{
-		s: s, rx: l.newReceiver(s.conn), tx: l.newSender(s.conn), lane: uint8(lane),
+		s: s, rx: l.newReceiver(s.conn), tx: l.newSender(s.conn), lane: uint8(lane), queries: make([]wire.Query, batchSize),
 		// What is not used of it costs nothing: the system gives memory when it is touched.
 		out: make([]byte, 0, batchSize*maxDatagram), answers: make([]answer, 0, batchSize),
 	}
@@ -272,15 +272,20 @@ func (r *reader) serve(packets []packet) {
 	now := time.Now().UnixNano()
 	r.out, r.answers = r.out[:0], r.answers[:0]
 	for i := range packets {
-		r.serveOne(&packets[i], now)
+		r.parse(&r.queries[i], &packets[i], now)
+	}
+	r.s.l.cfg.expect(r.queries[:len(packets)])
+	for i := range packets {
+		r.serveOne(&r.queries[i], &packets[i])
 	}
 	if len(r.answers) > 0 {
 		r.tx.send(r.answers)
 	}
 }
 
-func (r *reader) serveOne(p *packet, now int64) {
-	l, q := r.s.l, &r.q
+// parse makes q the query in p.
+func (r *reader) parse(q *wire.Query, p *packet, now int64) {
+	l := r.s.l
 	q.Client, q.Transport, q.Listener, q.Received, q.Lane = unmap(p.addr), wire.UDP, l.cfg.Name, now, r.lane
 	q.Local, p.info = l.local, nil
 	if !q.Local.IsValid() {
@@ -293,11 +298,15 @@ func (r *reader) serveOne(p *packet, now int64) {
 		in = in[:wire.HeaderLen]
 	}
 	q.Parse(in)
+}
+
+func (r *reader) serveOne(q *wire.Query, p *packet) {
+	l := r.s.l
 	at := len(r.out)
 	out, verdict := l.cfg.serveWire(r.out[at:], q)
 	switch {
 	case verdict == wire.Miss:
-		l.misses.add(l.newMiss(r.s, p, in, q))
+		l.misses.add(l.newMiss(r.s, p, q))
 	case verdict == wire.Answered && len(out) > 0:
 		r.answers = append(r.answers, answer{&p.origin, out})
 		if len(out) <= cap(r.out)-at { // else it has been given memory of its own
@@ -318,11 +327,11 @@ type pending struct {
 }
 
 // newMiss copies what the reader will use again.
-func (l *Packet) newMiss(s *socket, p *packet, in []byte, q *wire.Query) *pending {
+func (l *Packet) newMiss(s *socket, p *packet, q *wire.Query) *pending {
 	m := l.pool.Get().(*pending)
 	m.s, m.to = s, p.origin
 	m.to.info = m.oob[:copy(m.oob[:], p.info)]
-	m.in = append(m.in[:0], in...)
+	m.in = append(m.in[:0], q.Raw...)
 	m.q = *q
 	m.q.Parse(m.in)
 	return m

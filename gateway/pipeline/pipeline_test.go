@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"dnsgateway/gateway/access"
+	"dnsgateway/gateway/cache"
 	"dnsgateway/gateway/route"
 	"dnsgateway/gateway/wire"
 
@@ -650,11 +652,13 @@ func TestServeWireAllocates(t *testing.T) {
 			{"limited", limited, hit, wire.Answered}, // and Dropped over UDP, in turn
 		} {
 			t.Run(fmt.Sprintf("%s/%v", tt.name, transport), func(t *testing.T) {
-				q := query(tt.p, transport, tt.raw)
+				one := []wire.Query{*query(tt.p, transport, tt.raw)}
+				q := &one[0]
 				dst := make([]byte, 0, wire.MaxMessage)
 				var verdicts [3]int
 				n := testing.AllocsPerRun(100, func() {
 					q.Parse(tt.raw)
+					tt.p.Expect(one)
 					_, v := tt.p.ServeWire(dst, q)
 					verdicts[v]++
 				})
@@ -669,6 +673,46 @@ func TestServeWireAllocates(t *testing.T) {
 	}
 }
 
+// TestExpect expects queries of all kinds, more than are looked up together: they are answered as if nobody had.
+func TestExpect(t *testing.T) {
+	for _, c := range []*cache.Cache{mustCache(t), nil} {
+		p := mustNew(t, Config{Cache: c})
+		ask(t, p, query(p, wire.UDP, pack(t, dig("one.test.", dns.TypeA))))
+		raws := [][]byte{
+			pack(t, dig("one.test.", dns.TypeA)),
+			pack(t, dig("two.test.", dns.TypeA)),
+			pack(t, dig("oNe.test.", dns.TypeA)),
+			pack(t, dig("one.test.", dns.TypeANY)),
+			message(0x8180, 1, 0, 0, 0, questionA),
+			message(0x0100, 2, 0, 0, 0, questionA+questionA),
+			nil,
+		}
+		var plain, expected []wire.Query
+		for i := range 10 * len(raws) {
+			plain = append(plain, *query(p, wire.UDP, raws[i%len(raws)]))
+			expected = append(expected, *query(p, wire.UDP, raws[i%len(raws)]))
+		}
+		p.Expect(expected)
+		p.Expect(nil)
+		verdicts := make(map[wire.Verdict]int)
+		for i := range plain {
+			want, wantVerdict := p.ServeWire(nil, &plain[i])
+			got, verdict := p.ServeWire(nil, &expected[i])
+			if verdict != wantVerdict || !bytes.Equal(got, want) {
+				t.Errorf("query %d: got %v %x, want %v %x", i, verdict, got, wantVerdict, want)
+			}
+			verdicts[verdict]++
+		}
+		hits := 10 // one kind has a fault
+		if c != nil {
+			hits = 30
+		}
+		if verdicts[wire.Answered] != hits || verdicts[wire.Dropped] != 20 {
+			t.Errorf("got %v, want %d answered", verdicts, hits)
+		}
+	}
+}
+
 // packed is an Exchanger that costs what reading the response does.
 type packed []byte
 
@@ -677,7 +721,7 @@ func (r packed) Ask(context.Context, wire.Question) (*wire.Answer, error) {
 	return a, err
 }
 
-// TestResolveAllocates bounds what a miss costs besides its exchange: 3 objects for the answer, 2 for the cache's copy, and
+// TestResolveAllocates bounds what a miss costs besides its exchange: 3 objects for the answer, 1 for the cache's copy, and
 // those of the flight and its context.
 func TestResolveAllocates(t *testing.T) {
 	m := dig("example.com.", dns.TypeA)
@@ -736,6 +780,73 @@ func BenchmarkHit(b *testing.B) {
 			}
 		}
 	})
+}
+
+// BenchmarkHits asks for names at random, of which there are more than the processor's caches hold: one by one, and as a
+// listener does that has received many at once.
+func BenchmarkHits(b *testing.B) {
+	const batch = 32
+	raw := pack(b, dig("00000000.example.org.", dns.TypeA))
+	for _, names := range []int{1_000, 10_000, 100_000, 1_000_000} {
+		c, err := cache.New(cache.Config{MaxBytes: max(int64(names)*400, cache.MinBytes)})
+		if err != nil {
+			b.Fatal(err)
+		}
+		p := mustNew(b, Config{Cache: c, Observer: nothing{}, Now: time.Now, Access: mustAccess(b, access.Config{PerClient: 1e9})})
+		name := func(raw []byte, i int) {
+			for at := range 8 {
+				raw[wire.HeaderLen+1+at] = "0123456789abcdef"[i>>(4*at)&15]
+			}
+		}
+		m := dig("00000000.example.org.", dns.TypeA)
+		m.Response, m.Answer = true, []dns.RR{mustRR("00000000.example.org. 3600 A 192.0.2.1")}
+		m.Compress = true
+		response := pack(b, m)
+		now := time.Now().UnixNano()
+		for i := range names {
+			name(response, i)
+			a, _, err := wire.ReadAnswer(response)
+			if err != nil {
+				b.Fatal(err)
+			}
+			q := query(p, wire.UDP, response)
+			q.Raw[2] &= 0x7f
+			q.Parse(response)
+			key := q.Key(0)
+			c.Put(key, c.Hash(key), a, now)
+			q.Raw[2] |= 0x80
+		}
+		for _, together := range []bool{false, true} {
+			b.Run(fmt.Sprintf("%d/together=%v", names, together), func(b *testing.B) {
+				var qs [batch]wire.Query
+				var raws [batch][]byte
+				for i := range raws {
+					raws[i] = slices.Clone(raw)
+					qs[i] = *query(p, wire.UDP, raw)
+				}
+				dst := make([]byte, 0, 4096)
+				b.ReportAllocs()
+				next := uint32(0)
+				for n := 0; n < b.N; n += batch {
+					now := time.Now().UnixNano()
+					for i := range qs {
+						name(raws[i], int(uint64(next*2654435769)*uint64(names)>>32))
+						next++
+						qs[i].Received = now
+						qs[i].Parse(raws[i])
+					}
+					if together {
+						p.Expect(qs[:])
+					}
+					for i := range qs {
+						if _, v := p.ServeWire(dst, &qs[i]); v != wire.Answered {
+							b.Fatal(v)
+						}
+					}
+				}
+			})
+		}
+	}
 }
 
 // BenchmarkMiss is a miss but for its exchange and the cache's copy of the answer.
