@@ -79,6 +79,10 @@ func (*dnsMachine) drain(*turn) {}
 // open implements machine: a message is all there is to begin.
 func (*dnsMachine) open() bool { return false }
 
+// done implements machine: what is not read by the time of the drain is not answered, and answers leave without the
+// client's help.
+func (*dnsMachine) done() bool { return true }
+
 // underWay implements machine.
 func (d *dnsMachine) underWay() int { return d.misses }
 

@@ -315,6 +315,9 @@ func (c *h2) open() bool {
 	return false
 }
 
+// done implements machine. A stream that is resolved may have to wait for the client's window then.
+func (c *h2) done() bool { return c.blockID == 0 && len(c.streams) == 0 }
+
 // underWay implements machine.
 func (c *h2) underWay() int { return c.misses }
 

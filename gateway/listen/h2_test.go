@@ -232,52 +232,65 @@ func (s *h2Script) resolve() []string {
 	return s.said()
 }
 
-// h2Frames renders frames: a response's header by its status, bodies by their lengths.
+// h2Frames renders frames.
 func h2Frames(b []byte) (said []string, err error) {
-	fr := http2.NewFramer(nil, bytes.NewReader(b))
-	fr.ReadMetaHeaders = hpack.NewDecoder(0, nil) // a client that allows no table
+	fr := newH2Reader(bytes.NewReader(b))
 	for {
-		f, err := fr.ReadFrame()
+		f, err := fr.next()
 		if err == io.EOF {
 			return said, nil
 		}
 		if err != nil {
 			return said, fmt.Errorf("behind %q: %w", said, err)
 		}
-		id, end := f.Header().StreamID, ""
-		switch f := f.(type) {
-		case *http2.MetaHeadersFrame:
-			if f.StreamEnded() {
-				end = " end"
-			}
-			said = append(said, fmt.Sprintf("HEADERS %d %s%s", id, f.PseudoValue("status"), end))
-		case *http2.DataFrame:
-			if f.StreamEnded() {
-				end = " end"
-			}
-			said = append(said, fmt.Sprintf("DATA %d %d%s", id, len(f.Data()), end))
-		case *http2.SettingsFrame:
-			text := "SETTINGS"
-			if f.IsAck() {
-				text += " ack"
-			}
-			_ = f.ForeachSetting(func(v http2.Setting) error {
-				text += fmt.Sprintf(" %d=%d", v.ID, v.Val)
-				return nil
-			})
-			said = append(said, text)
-		case *http2.RSTStreamFrame:
-			said = append(said, fmt.Sprintf("RESET %d %v", id, f.ErrCode))
-		case *http2.GoAwayFrame:
-			said = append(said, fmt.Sprintf("GOAWAY %d %v", f.LastStreamID, f.ErrCode))
-		case *http2.WindowUpdateFrame:
-			said = append(said, fmt.Sprintf("WINDOW %d %d", id, f.Increment))
-		case *http2.PingFrame:
-			said = append(said, fmt.Sprintf("PING %v %s", f.IsAck(), f.Data[:]))
-		default:
-			return said, fmt.Errorf("a frame that we do not send: %v", f)
-		}
+		said = append(said, f)
 	}
+}
+
+// h2Reader reads what we send.
+type h2Reader struct{ fr *http2.Framer }
+
+func newH2Reader(r io.Reader) h2Reader {
+	fr := http2.NewFramer(nil, r)
+	fr.ReadMetaHeaders = hpack.NewDecoder(0, nil) // a client that allows no table
+	return h2Reader{fr}
+}
+
+// next renders one frame: a response's header by its status, bodies by their lengths.
+func (r h2Reader) next() (string, error) {
+	f, err := r.fr.ReadFrame()
+	if err != nil {
+		return "", err
+	}
+	id, end := f.Header().StreamID, ""
+	if f.Header().Flags.Has(http2.FlagDataEndStream) { // of HEADERS too
+		end = " end"
+	}
+	switch f := f.(type) {
+	case *http2.MetaHeadersFrame:
+		return fmt.Sprintf("HEADERS %d %s%s", id, f.PseudoValue("status"), end), nil
+	case *http2.DataFrame:
+		return fmt.Sprintf("DATA %d %d%s", id, len(f.Data()), end), nil
+	case *http2.SettingsFrame:
+		text := "SETTINGS"
+		if f.IsAck() {
+			text += " ack"
+		}
+		_ = f.ForeachSetting(func(v http2.Setting) error {
+			text += fmt.Sprintf(" %d=%d", v.ID, v.Val)
+			return nil
+		})
+		return text, nil
+	case *http2.RSTStreamFrame:
+		return fmt.Sprintf("RESET %d %v", id, f.ErrCode), nil
+	case *http2.GoAwayFrame:
+		return fmt.Sprintf("GOAWAY %d %v", f.LastStreamID, f.ErrCode), nil
+	case *http2.WindowUpdateFrame:
+		return fmt.Sprintf("WINDOW %d %d", id, f.Increment), nil
+	case *http2.PingFrame:
+		return fmt.Sprintf("PING %v %s", f.IsAck(), f.Data[:]), nil
+	}
+	return "", fmt.Errorf("a frame that we do not send: %v", f)
 }
 
 // want compares what the machine said.

@@ -367,7 +367,7 @@ func (l *loop) turn(c *loopConn) {
 	}
 	if c.draining && !c.leaving && l.now >= c.drainAt && !c.broken {
 		c.leave(t)
-		c.over = c.over || !c.m.open()
+		c.over = c.over || c.m.done()
 	}
 	t.served = 0
 	have := copy(l.in, c.left)
@@ -395,7 +395,7 @@ func (l *loop) turn(c *loopConn) {
 	case t.served > 0 || c.partial == 0:
 		c.partial = l.now
 	}
-	if c.leaving && !c.m.open() {
+	if c.leaving && c.m.done() {
 		c.over = true
 	}
 	l.end(c)
@@ -719,7 +719,7 @@ func (c *loopConn) miss(m *miss) {
 	}
 	t.trim()
 	c.quiet = clock(time.Now())
-	if c.stalled || c.over || c.broken || calm && len(c.pending) > 0 {
+	if c.stalled || c.leaving || c.over || c.broken || calm && len(c.pending) > 0 {
 		c.loop.call(c)
 	}
 }

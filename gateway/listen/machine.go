@@ -25,6 +25,9 @@ type machine interface {
 	// open reports whether the client has begun something that it has to bring to an end besides what input left over,
 	// such as a request without its body: then it gets limited time for it, and not the time of an idle connection.
 	open() bool
+	// done reports, after drain, whether nothing is of use any more that the client may still send: it has begun nothing that
+	// is answered, and no answer that is under way can need its window. Then it is read no more.
+	done() bool
 	// underWay returns how many misses have not come back.
 	underWay() int
 }

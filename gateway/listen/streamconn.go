@@ -141,7 +141,7 @@ func (c *streamConn) miss(m *miss) {
 		c.collect(t, func() { c.flush(t) })
 		c.flush(t)
 	})
-	if c.m.underWay() == 0 {
+	if c.m.underWay() == 0 || c.leaving {
 		c.setReadDeadline()
 	}
 	c.changed.Broadcast()
@@ -219,7 +219,7 @@ func (c *streamConn) arm(served, have int) {
 func (c *streamConn) setReadDeadline() {
 	var at time.Time
 	switch {
-	case c.leaving && !c.m.open():
+	case c.leaving && c.m.done():
 		at = time.Now()
 	case c.draining && !c.leaving:
 		return // drain has set it
@@ -232,7 +232,7 @@ func (c *streamConn) setReadDeadline() {
 }
 
 // goOn reports whether err is a deadline that does not end the reading: one that no longer holds, or that of drain while
-// the client has something to bring to its end.
+// the client may still send something of use.
 func (c *streamConn) goOn(err error) bool {
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		return false
@@ -241,7 +241,7 @@ func (c *streamConn) goOn(err error) bool {
 	defer c.mu.Unlock()
 	if c.draining && !c.leaving {
 		c.leave()
-		if c.m.open() {
+		if !c.m.done() {
 			c.setReadDeadline()
 			return !c.broken
 		}
