@@ -83,9 +83,6 @@ func (*dnsMachine) open() bool { return false }
 // client's help.
 func (*dnsMachine) done() bool { return true }
 
-// underWay implements machine.
-func (d *dnsMachine) underWay() int { return d.misses }
-
 // setPrefix writes the length field of one message with room for it in front. It returns false for what cannot be sent:
 // nothing, or more than a length field can say.
 func setPrefix(framed []byte) bool {

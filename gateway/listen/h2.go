@@ -148,8 +148,7 @@ type h2 struct {
 	window        int64 // what we may send
 	streamWindow  int64 // what we may send on a new stream
 	receiveWindow int32 // what the client may send
-	misses        int   // that have not come back
-	orphans       int   // of them, those whose stream is no more
+	orphans       int   // misses that have not come back and whose stream is no more
 	bodies        int   // octets in streams that are not whole
 	held          int   // octets in streams that wait for the window
 	budget        int
@@ -317,9 +316,6 @@ func (c *h2) open() bool {
 
 // done implements machine. A stream that is resolved may have to wait for the client's window then.
 func (c *h2) done() bool { return c.blockID == 0 && len(c.streams) == 0 }
-
-// underWay implements machine.
-func (c *h2) underWay() int { return c.misses }
 
 // spend takes from the client's budget: frames and streams that ask for nothing, or that it gives up, have to be few
 // beside requests that are answered. That bounds rapid reset (CVE-2023-44487) and floods of SETTINGS, PING, PRIORITY,
@@ -816,7 +812,6 @@ func (c *h2) ask(t *turn, x *h2Scratch, id uint32, st *h2Stream, msg []byte, f f
 			c.bodies -= len(st.buf)
 		}
 		st.state, st.buf = resolving, st.buf[:0]
-		c.misses++
 		t.misses = append(t.misses, m)
 		return nil
 	}
@@ -826,7 +821,6 @@ func (c *h2) ask(t *turn, x *h2Scratch, id uint32, st *h2Stream, msg []byte, f f
 
 // answer implements machine.
 func (c *h2) answer(t *turn, m *miss, msg []byte) {
-	c.misses--
 	c.earn(gainRequest)
 	st := c.find(m.stream)
 	if c.dead || st == nil {

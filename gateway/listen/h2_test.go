@@ -400,7 +400,7 @@ func TestH2Exchange(t *testing.T) {
 		s.get(uint32(9+2*i), name)
 	}
 	s.want(s.play(), "RESET 15 INTERNAL_ERROR")
-	if n := s.c.underWay(); n != 4 || s.c.open() {
+	if n := len(s.turn.misses); n != 4 || s.c.open() {
 		t.Errorf("%d under way, open %v", n, s.c.open())
 	}
 	_ = s.fr.WriteRSTStream(17, http2.ErrCodeCancel)
@@ -434,7 +434,7 @@ func TestH2Exchange(t *testing.T) {
 	s.want(s.play(), "HEADERS 27 413", "DATA 27 39 end", "RESET 27 NO_ERROR")
 
 	// What is left of all that is nothing.
-	if len(s.c.streams) != 0 || s.c.bodies != 0 || s.c.held != 0 || s.c.orphans != 0 || s.c.misses != 0 || s.c.open() {
+	if len(s.c.streams) != 0 || s.c.bodies != 0 || s.c.held != 0 || s.c.orphans != 0 || s.c.open() {
 		t.Errorf("left over: %+v", s.c)
 	}
 	if s.c.receiveWindow == connWindow {
@@ -884,12 +884,12 @@ func TestH2Floods(t *testing.T) {
 			if e, ok := s.err.(*h2Error); !ok || e.code != codeCalm {
 				t.Errorf("after %d: %v", n, s.err)
 			}
-			if s.c.misses > maxStreams {
-				t.Errorf("%d misses", s.c.misses)
+			if n := len(s.turn.misses); n > maxStreams {
+				t.Errorf("%d misses", n)
 			}
 			s.resolve()
-			if s.c.misses != 0 || s.c.orphans != 0 {
-				t.Errorf("%d misses and %d orphans are left", s.c.misses, s.c.orphans)
+			if s.c.orphans != 0 {
+				t.Errorf("%d orphans are left", s.c.orphans)
 			}
 		})
 	}
@@ -921,7 +921,7 @@ func TestH2Drain(t *testing.T) {
 	_ = s.fr.WriteData(3, true, query(t, "hit", 0))
 	s.want(s.play(), "HEADERS 3 200", "DATA 3 50 end")
 	s.want(s.resolve(), "HEADERS 1 200", "DATA 1 52 end")
-	if s.c.open() || s.c.underWay() != 0 {
+	if s.c.open() || !s.c.done() {
 		t.Error("something is left")
 	}
 	_ = s.fr.WriteRawFrame(frameData, 0, 0, nil)

@@ -336,7 +336,6 @@ func (l *loop) join(c *loopConn) {
 func (l *loop) serve(c *loopConn) {
 	c.mu.Lock()
 	if !c.safely(func() { l.turn(c) }) {
-		c.broken = true
 		l.t.out, l.t.cipher, l.t.misses = nil, nil, nil
 		l.end(c)
 	}
@@ -349,9 +348,8 @@ func (l *loop) serve(c *loopConn) {
 // turn reads what c has, answers it, and sends that. c.mu is held.
 func (l *loop) turn(c *loopConn) {
 	t := &l.t
-	if c.closed {
-		c.collect(t, func() {})
-		t.out = t.out[:0]
+	if c.broken {
+		c.collect(t, nil)
 		l.end(c)
 		return
 	}
@@ -404,7 +402,7 @@ func (l *loop) turn(c *loopConn) {
 
 // end brings c to its end when it is there. c.mu is held.
 func (l *loop) end(c *loopConn) {
-	if !c.broken && c.over && !c.stalled && c.m.underWay() == 0 {
+	if !c.broken && c.over && !c.stalled && c.misses == 0 {
 		c.leave(&l.t)
 		if c.tls != nil && !c.lingering {
 			_ = c.tls.CloseWrite()
@@ -427,7 +425,7 @@ func (l *loop) end(c *loopConn) {
 		_ = unix.Close(c.fd)
 		c.left, c.pending = nil, nil
 	}
-	if c.m.underWay() == 0 && c.place >= 0 {
+	if c.misses == 0 && c.place >= 0 {
 		l.times.remove(c)
 		l.conns[c.number] = nil
 		l.free = append(l.free, c.number)
@@ -489,7 +487,6 @@ type loopConn struct {
 	leaving  bool   // the machine has said goodbye
 	over     bool   // nothing is read any more
 	stalled  bool   // nothing is read until a miss has come back, or until the client has read
-	broken   bool   // nothing can be sent any more
 	closed   bool   // fd is
 	left     []byte // what the machine has not taken
 	pending  []byte // what the client has not taken
@@ -519,7 +516,7 @@ func (c *loopConn) due(now int64) int64 {
 		return now + int64(c.s.idle) // a miss
 	case c.partial != 0:
 		return c.partial + int64(c.s.message)
-	case c.m.underWay() > 0:
+	case c.misses > 0:
 		return now + int64(c.s.idle)
 	}
 	return c.quiet + int64(c.s.idle)
@@ -550,7 +547,7 @@ func (c *loopConn) feed(t *turn, have int) (left int) {
 			break
 		}
 		if used == 0 && !said {
-			c.stalled = t.full && c.m.underWay() > 0
+			c.stalled = t.full && c.misses > 0
 			break
 		}
 	}
@@ -714,7 +711,6 @@ func (c *loopConn) miss(m *miss) {
 		c.collect(t, func() { c.send(t) })
 		c.send(t)
 	}) {
-		c.broken = true
 		t.out, t.cipher = nil, nil
 	}
 	t.trim()

@@ -30,7 +30,6 @@ type streamConn struct {
 	writing  bool
 	pending  []byte // for the one who writes
 	spare    []byte
-	broken   bool // nothing can be written any more
 	draining bool
 	leaving  bool // the machine has said goodbye
 }
@@ -67,7 +66,12 @@ func (c *streamConn) read() {
 		}
 		c.t.received, c.t.served = time.Now().UnixNano(), 0
 		var going bool
-		if !c.safely(func() { have, going = c.feed(have) }) || !going {
+		c.mu.Lock()
+		if !c.safely(func() { have, going = c.feed(have) }) {
+			c.fail()
+		}
+		c.mu.Unlock()
+		if !going {
 			return
 		}
 		c.makeRoom(have)
@@ -76,11 +80,10 @@ func (c *streamConn) read() {
 }
 
 // feed gives the machine the first have octets of buf and returns how many are left over, and false when the connection is
-// beyond use. It waits while too much is under way or pending: a client that does not read is not read.
+// beyond use. It waits while too much is under way or pending: a client that does not read is not read. mu is held, but not
+// while it waits.
 func (c *streamConn) feed(have int) (left int, ok bool) {
 	t := &c.t
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	for rest := c.buf[:have]; !c.broken; {
 		t.full = false
 		used, err := c.m.input(t, rest)
@@ -101,8 +104,8 @@ func (c *streamConn) feed(have int) (left int, ok bool) {
 		}
 		switch {
 		case used > 0 && len(rest) > 0 || said && len(rest) > 0:
-		case t.full && c.m.underWay() > 0:
-			for before := c.m.underWay(); c.m.underWay() >= before && !c.broken; {
+		case t.full && c.misses > 0:
+			for before := c.misses; c.misses >= before && !c.broken; {
 				c.changed.Wait()
 			}
 		default:
@@ -137,11 +140,14 @@ func (c *streamConn) miss(m *miss) {
 	defer turns.Put(t)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.safely(func() {
+	if !c.safely(func() {
 		c.collect(t, func() { c.flush(t) })
 		c.flush(t)
-	})
-	if c.m.underWay() == 0 || c.leaving {
+	}) {
+		t.out = nil
+		c.fail()
+	}
+	if !c.broken && (c.misses == 0 || c.leaving) {
 		c.setReadDeadline()
 	}
 	c.changed.Broadcast()
@@ -165,10 +171,7 @@ func (c *streamConn) write(b []byte) {
 	if c.writing {
 		if len(c.pending)+len(b) > maxUnsent {
 			c.s.common.Logger.Debug("closing the connection of a client that does not read", "client", c.raw.RemoteAddr())
-			c.broken = true
-			c.pending = nil
-			_ = c.raw.Close() // which ends the write that goes on
-			c.changed.Broadcast()
+			c.fail()
 			return
 		}
 		c.pending = append(c.pending, b...)
@@ -182,8 +185,7 @@ func (c *streamConn) write(b []byte) {
 		c.mu.Lock()
 		if err != nil {
 			// A part of an answer may be out: what follows could not be told from it.
-			c.broken = true
-			_ = c.raw.Close()
+			c.fail()
 		}
 		b = c.pending
 		c.pending, c.spare = c.spare[:0], b[:0]
@@ -199,11 +201,21 @@ func (c *streamConn) write(b []byte) {
 	c.changed.Broadcast()
 }
 
+// fail makes the connection broken, and ends the read and the write that go on. mu is held.
+func (c *streamConn) fail() {
+	c.broken = true
+	c.pending = nil
+	_ = c.raw.Close()
+	c.changed.Broadcast()
+}
+
 // arm sets the deadline for the next read: after served more queries, have octets of an unfinished one are there.
 func (c *streamConn) arm(served, have int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
+	case c.broken:
+		return
 	case have == 0 && !c.m.open():
 		c.partial = time.Time{}
 	case served > 0 || c.partial.IsZero():
@@ -225,7 +237,7 @@ func (c *streamConn) setReadDeadline() {
 		return // drain has set it
 	case !c.partial.IsZero():
 		at = c.partial.Add(c.s.message)
-	case c.m.underWay() == 0:
+	case c.misses == 0:
 		at = time.Now().Add(c.s.idle)
 	}
 	_ = c.raw.SetReadDeadline(at)
@@ -239,14 +251,14 @@ func (c *streamConn) goOn(err error) bool {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.draining && !c.leaving {
+	if c.draining && !c.leaving && !c.broken {
 		c.leave()
 		if !c.m.done() {
 			c.setReadDeadline()
 			return !c.broken
 		}
 	}
-	return c.m.underWay() > 0 && c.partial.IsZero() && !c.draining && !c.broken
+	return c.misses > 0 && c.partial.IsZero() && !c.draining && !c.broken
 }
 
 // leave has the machine say goodbye. mu is held.
@@ -269,8 +281,10 @@ func (c *streamConn) drain() {
 // finish waits for the answers of what was read, sends them, and says goodbye in the way that lets them arrive.
 func (c *streamConn) finish() {
 	c.mu.Lock()
-	c.safely(c.leave)
-	for c.m.underWay() > 0 || c.writing && !c.broken {
+	if !c.broken && !c.safely(c.leave) {
+		c.fail()
+	}
+	for c.misses > 0 || c.writing && !c.broken {
 		c.changed.Wait()
 	}
 	broken := c.broken
