@@ -134,7 +134,7 @@ type loop struct {
 	free   []int32
 	times  dueTimes    // of all connections
 	armed  int64       // when the file's deadline is, never without one
-	again  []*loopConn // they may have more to read than their turn let them
+	again  []*loopConn // they may have more to read than their turn let them; each is there once
 	now    int64       // at the beginning of the round, see clock
 	since  int64       // when the loop got its thread
 	gone   bool        // the loop has ended
@@ -239,6 +239,9 @@ func (l *loop) rounds(uintptr) (gone bool) {
 		l.since = min(l.since, l.now)
 		again := l.again
 		l.again = nil
+		for _, c := range again {
+			c.queued = false
+		}
 		for i := range l.events[:n] {
 			e := &l.events[i]
 			if e.Fd < 0 || l.conns[e.Fd] == nil {
@@ -254,7 +257,9 @@ func (l *loop) rounds(uintptr) (gone bool) {
 			l.serve(c)
 		}
 		for _, c := range again {
-			l.serve(c)
+			if !c.queued { // else it has had its turn
+				l.serve(c)
+			}
 		}
 		if l.called() {
 			l.gone = true
@@ -379,7 +384,10 @@ func (l *loop) turn(c *loopConn) {
 			break
 		}
 		if budget <= 0 {
-			l.again = append(l.again, c)
+			if !c.queued {
+				c.queued = true
+				l.again = append(l.again, c)
+			}
 			break
 		}
 		n := c.read(l, have)
@@ -479,6 +487,7 @@ type loopConn struct {
 	number    int32 // in loop.conns
 	unread    bool  // there may be something to read
 	hup       bool  // there is nothing after what there is to read
+	queued    bool  // in loop.again
 	lingering bool  // all is said
 	called    bool  // guarded by loop.mu
 
