@@ -427,6 +427,37 @@ func TestStreamShutdownLosesPatience(t *testing.T) {
 	})
 }
 
+// TestStreamSocketGone closes the socket behind the listener's back: Serve says so at once, whatever its clients do.
+func TestStreamSocketGone(t *testing.T) {
+	overBoth(t, func(t *testing.T, cfg StreamConfig, h *fake) {
+		s, err := ListenStream(t.Context(), cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if withGoroutines {
+			s.ln.Listener = disguised{s.ln.Listener}
+		}
+		served := make(chan error, 1)
+		go func() { served <- s.Serve() }()
+		c, idle := dialStream(t, s), dialStream(t, s)
+		idle.send(framed(query(t, "hit", 1)))
+		idle.want(1)
+		c.send(framed(query(t, "slow", 1)))
+		receive(t, h.waiting)
+		_ = s.ln.Listener.Close()
+		if err := receive(t, served); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Serve: %v, want %v", err, net.ErrClosed)
+		}
+		if n := s.Connections(); n != 0 {
+			t.Errorf("%d connections are open", n)
+		}
+		if err := s.Shutdown(within(t)); err != nil {
+			t.Errorf("Shutdown afterwards: %v", err)
+		}
+		noLeaks(t)
+	})
+}
+
 func TestDoTVersionsAndALPN(t *testing.T) {
 	s := listenStream(t, StreamConfig{Common: common(newFake()), TLS: serverConfig()})
 	tests := []struct {
