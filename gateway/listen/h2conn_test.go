@@ -34,6 +34,7 @@ func TestH2Timing(t *testing.T) {
 		{"everything was answered", func(s *h2Script) { s.get(1, "hit") }, idle, "GOAWAY 1 NO_ERROR"},
 		{"half a frame", func(s *h2Script) { s.in.WriteString("\x00\x00\x08\x06") }, bodyTimeout, "GOAWAY 0 NO_ERROR"},
 		{"a request without its body", func(s *h2Script) { s.post(1) }, bodyTimeout, "GOAWAY 1 NO_ERROR"},
+		{"a refused request without its end", func(s *h2Script) { s.post(1, "content-length", "100000") }, bodyTimeout, "GOAWAY 1 NO_ERROR"},
 		{"half a header block", func(s *h2Script) {
 			_ = s.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: []byte{0x82}})
 		}, bodyTimeout, "GOAWAY 0 NO_ERROR"},
