@@ -27,12 +27,12 @@ const (
 	defaultWindow = 1<<16 - 1
 	// enough is how much a turn says before it lets its driver write.
 	enough = 16 << 10
-	// maxBlock is what a header block may have in octets before it is decoded, and maxContinuations in how many frames
-	// besides the first one it may come; 16 KiB fit into two.
-	maxBlock         = 2 * maxHeader
+	// maxBlock is what a header block may have, in octets as it comes and in the size of its fields: a request with more than
+	// maxHeader is answered with 431, but its block is taken to the end, because the next one needs the table. A client that
+	// sends more than this is sent away. maxContinuations is in how many frames besides the first one a block may come;
+	// maxBlock fits into eight.
+	maxBlock         = 8 * maxHeader
 	maxContinuations = 16
-	// maxDecoded is how much of a block we go on decoding, for the table's sake, when it has long become a 431.
-	maxDecoded = 8 * maxHeader
 	// maxBodies is how much of bodies that have not come to their end a connection may have here. They hold what a client
 	// was allowed to send at once, and the window is opened again as they arrive: were it not, a hundred requests could
 	// each wait for the others to leave room.
@@ -635,6 +635,7 @@ func (c *h2) continuation(t *turn, x *h2Scratch, flags byte, b []byte) error {
 		return errContinuation
 	}
 	if c.blocks++; c.blocks > maxContinuations || len(c.block)+len(b) > maxBlock {
+		c.last = max(c.last, c.blockID) // clients ask again for what GOAWAY does not cover
 		return errBlock
 	}
 	c.block = append(c.block, b...)

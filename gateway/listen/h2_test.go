@@ -510,16 +510,42 @@ func TestH2BodyTooLarge(t *testing.T) {
 	}
 }
 
+// TestH2HeaderTooLarge has headers of which a part is enough to know that they are too large: the request is answered, and
+// the table is as the client thinks, up to a bound.
 func TestH2HeaderTooLarge(t *testing.T) {
-	s := opened(t, newFake())
-	big := s.block(":method", "GET", ":scheme", "https", ":path", "/", "x", strings.Repeat("!", 9000), "y", strings.Repeat("?", 9000),
-		"in-the-table", "as before")
-	_ = s.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: big[:maxFrame], EndStream: true})
-	_ = s.fr.WriteContinuation(1, true, big[maxFrame:])
-	s.want(s.play(), "HEADERS 1 431", "DATA 1 33 end")
-	// The table is as the client thinks.
-	s.get(3, "hit")
-	s.want(s.play(), "HEADERS 3 200", "DATA 3 50 end")
+	many := []string{"a", strings.Repeat("!", 9000), "b", strings.Repeat("?", 9000)}
+	for i := range 80 {
+		many = append(many, fmt.Sprint("x-", i), strings.Repeat("!", 1000))
+	}
+	for name, fields := range map[string][]string{
+		"two fields":   many[:4],
+		"many fields":  many,
+		"one field":    {"cookie", strings.Repeat("!", 100_000)},
+		"Huffman code": {"cookie", strings.Repeat("e", 100_000)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := opened(t, newFake())
+			big := s.block(append(append([]string{":method", "GET", ":scheme", "https", ":path", "/"}, fields...), "in-the-table", "as before")...)
+			send := func(id uint32, block []byte) {
+				n := min(len(block), maxFrame)
+				_ = s.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: block[:n], EndStream: true, EndHeaders: n == len(block)})
+				for block = block[n:]; len(block) > 0; block = block[n:] {
+					n = min(len(block), maxFrame)
+					_ = s.fr.WriteContinuation(id, n == len(block), block[:n])
+				}
+			}
+			send(1, big)
+			s.want(s.play(), "HEADERS 1 431", "DATA 1 33 end")
+			s.request(3, true, "GET", defaultPath+"?dns="+b64(query(t, "hit", 0)), "in-the-table", "as before")
+			s.want(s.play(), "HEADERS 3 200", "DATA 3 50 end")
+			// More of it is too much, and not to be asked again.
+			send(5, slices.Concat(big, make([]byte, maxBlock)))
+			s.want(s.play(), "GOAWAY 5 ENHANCE_YOUR_CALM")
+			if s.err != errBlock || s.c.block != nil {
+				t.Errorf("got %v with %d octets of a block", s.err, len(s.c.block))
+			}
+		})
+	}
 }
 
 // TestH2Malformed are requests that are none: a stream error each, and the connection lives.
@@ -933,7 +959,7 @@ func TestH2Floods(t *testing.T) {
 			}
 			_ = s.fr.WriteContinuation(id, false, nil)
 		}},
-		{"long CONTINUATION", 2, func(s *h2Script) {
+		{"long CONTINUATION", maxBlock / maxFrame, func(s *h2Script) {
 			if s.c.blockID == 0 {
 				_ = s.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: make([]byte, maxFrame)})
 			}

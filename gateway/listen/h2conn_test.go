@@ -361,3 +361,22 @@ func TestH2DrainShutWindow(t *testing.T) {
 		receive(t, s.done)
 	})
 }
+
+// TestH2LastWord has a client that is sent away in the middle of what it says: it can go on for a while, so that it comes to
+// reading why.
+func TestH2LastWord(t *testing.T) {
+	overH2(t, nil, func(t *testing.T, _ *fake, s *HTTPS, c *h2Client) {
+		block := make([]byte, maxFrame)
+		_ = c.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block, EndStream: true})
+		for range maxBlock / maxFrame {
+			_ = c.fr.WriteContinuation(1, false, block)
+		}
+		c.send()
+		c.expect("GOAWAY 1 ENHANCE_YOUR_CALM")
+		for range lingerMost/maxFrame - 10 {
+			_ = c.fr.WriteContinuation(1, false, block)
+		}
+		c.send()
+		c.expect(io.EOF.Error())
+	})
+}

@@ -489,6 +489,7 @@ type loopConn struct {
 	hup       bool  // there is nothing after what there is to read
 	queued    bool  // in loop.again
 	lingering bool  // all is said
+	lingered  int   // octets that were read since
 	called    bool  // guarded by loop.mu
 
 	// Guarded by flow.mu; times are those of clock.
@@ -689,7 +690,7 @@ func (c *loopConn) leave(t *turn) {
 
 // discard reads what nobody will answer, and returns true when the client has no more, or too much.
 func (c *loopConn) discard(buf []byte) bool {
-	for some := 0; some < maxPending; {
+	for c.lingered < lingerMost {
 		n, err := read(c.fd, buf)
 		if err == unix.EAGAIN {
 			return false
@@ -697,7 +698,7 @@ func (c *loopConn) discard(buf []byte) bool {
 		if err != 0 || n == 0 {
 			break
 		}
-		some += n
+		c.lingered += n
 	}
 	return true
 }

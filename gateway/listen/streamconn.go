@@ -299,6 +299,6 @@ func (c *streamConn) finish() {
 	if h, ok := c.raw.(interface{ CloseWrite() error }); ok && h.CloseWrite() == nil {
 		// Octets that we have not read would turn the close into a reset, and that takes our last answers with it.
 		_ = c.raw.SetReadDeadline(time.Now().Add(linger))
-		_, _ = io.CopyN(io.Discard, c.raw, maxPending)
+		_, _ = io.CopyN(io.Discard, c.raw, lingerMost)
 	}
 }
