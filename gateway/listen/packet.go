@@ -39,7 +39,9 @@ type PacketConfig struct {
 	Common
 	// Inflight is the number of queries that may be in Resolve at once. As many more may wait for their turn, which
 	// doubles the time that an answer takes at worst; beyond that the miss that has waited longest is shed without an
-	// answer. 10000 by default.
+	// answer. 10000 by default. A Handler that bounds what it asks, and answers what it gives up, as the gateway's does, has
+	// to be given more here than that bound: else misses wait and are shed here, in silence, before it comes to decide. What
+	// is left for this bound then are the many who wait for few questions.
 	Inflight int
 	// Sockets is how many sockets share the port, each read by a goroutine of its own; one for each of GOMAXPROCS by
 	// default. The kernel chooses by the client's address and port. Only Linux can do that: elsewhere there is one socket,
