@@ -129,8 +129,8 @@ func (c *streamConn) makeRoom(have int) {
 	}
 }
 
-// miss resolves m and, with others that are ready at the same time, answers it. If it becomes the writer and the client
-// does not read, those others wait with it until the write has had its time: they are not more than a pipeline.
+// miss resolves m and, with others that are ready at the same time, answers it. All of them are pending before it becomes the
+// writer: else those that come later would wait with it, beyond the bound, for a client that does not read.
 func (c *streamConn) miss(m *miss) {
 	defer c.s.wg.Done()
 	if !c.resolve(m) {
@@ -141,8 +141,9 @@ func (c *streamConn) miss(m *miss) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.safely(func() {
-		c.collect(t, func() { c.flush(t) })
-		c.flush(t)
+		c.collect(t, func() { c.leaveToWriter(t) })
+		c.leaveToWriter(t)
+		c.write(nil)
 	}) {
 		t.out = nil
 		c.fail()
@@ -162,23 +163,41 @@ func (c *streamConn) flush(t *turn) {
 	t.trim()
 }
 
-// write sends b, or leaves it to the goroutine that is writing. It does not keep b. mu is held, but not while the client
-// takes its time.
-func (c *streamConn) write(b []byte) {
-	if c.broken {
-		return
-	}
-	if c.writing {
-		if len(c.pending)+len(b) > maxUnsent {
-			c.s.common.Logger.Debug("closing the connection of a client that does not read", "client", c.raw.RemoteAddr())
-			c.fail()
-			return
-		}
+// leaveToWriter puts what is in t.out behind what is pending. mu is held.
+func (c *streamConn) leaveToWriter(t *turn) {
+	c.await(t.out)
+	t.out = t.out[:0]
+	t.trim()
+}
+
+// await has b wait for the client. It does not keep b. mu is held.
+func (c *streamConn) await(b []byte) {
+	switch {
+	case c.broken:
+	case len(c.pending)+len(b) > maxUnsent:
+		c.s.common.Logger.Debug("closing the connection of a client that does not read", "client", c.raw.RemoteAddr())
+		c.fail()
+	default:
 		c.pending = append(c.pending, b...)
+	}
+}
+
+// write sends b, before which nothing is pending, and then what is, or leaves it to the goroutine that is writing. It does not
+// keep b. mu is held, but not while the client takes its time.
+func (c *streamConn) write(b []byte) {
+	if c.writing {
+		c.await(b)
 		return
 	}
 	c.writing = true
-	for len(b) > 0 && !c.broken {
+	for !c.broken {
+		if len(b) == 0 {
+			if len(c.pending) == 0 {
+				break
+			}
+			b = c.pending
+			c.pending, c.spare = c.spare[:0], b[:0]
+		}
 		c.mu.Unlock()
 		_ = c.raw.SetWriteDeadline(time.Now().Add(writeTimeout))
 		_, err := c.nc.Write(b)
@@ -187,8 +206,7 @@ func (c *streamConn) write(b []byte) {
 			// A part of an answer may be out: what follows could not be told from it.
 			c.fail()
 		}
-		b = c.pending
-		c.pending, c.spare = c.spare[:0], b[:0]
+		b = nil
 		c.changed.Broadcast()
 	}
 	c.writing = false
