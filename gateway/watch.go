@@ -6,6 +6,7 @@ import (
 
 	"dnsgateway/gateway/admin"
 	"dnsgateway/gateway/forward"
+	"dnsgateway/gateway/listen"
 	"dnsgateway/gateway/observe"
 	"dnsgateway/gateway/pipeline"
 	"dnsgateway/gateway/wire"
@@ -75,8 +76,9 @@ func (g *Gateway) inflightStats() observe.InflightStats {
 	stats := observe.InflightStats{Now: g.policy.Load().pipeline.Inflight(), Max: g.cfg.Limits.Inflight}
 	for _, s := range g.sockets {
 		for _, server := range s.servers {
-			if shed, ok := server.(interface{ Shed() uint64 }); ok {
-				stats.Shed += shed.Shed()
+			if packet, ok := server.(*listen.Packet); ok {
+				stats.Shed += packet.Shed()
+				stats.Unsent += packet.Unsent()
 			}
 		}
 	}

@@ -63,11 +63,24 @@ func TestH2Clients(t *testing.T) {
 		if err != nil || m.Unpack(body) != nil || !m.Response {
 			t.Errorf("got %x, %v", body, err)
 		}
-		// A header that is too large.
-		out, status = run(t, "curl", "-sS", "--http2", "--cacert", s.file("ca.crt"), "-H", "x: "+strings.Repeat("!", 20000), "-o", "/dev/null",
-			"-w", "%{http_code}", get)
-		if status != 0 || out != "431" {
-			t.Errorf("status %d: %s", status, out)
+		// A body that is too large, of a client that looks for the answer when it has sent all of it.
+		for _, size := range []int{65536, 300_000} {
+			if err := os.WriteFile(s.file("large"), make([]byte, size), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			out, status = run(t, "curl", "-sS", "--http2", "--cacert", s.file("ca.crt"), "-H", "content-type: application/dns-message",
+				"--data-binary", "@"+s.file("large"), "-w", "%{http_code}", url)
+			if status != 0 || out != "a DNS message has at most 65535 octets\n413" {
+				t.Errorf("%d octets: status %d: %s", size, status, out)
+			}
+		}
+		// A header that is too large, and one that is nearly as large as curl lets it be.
+		for _, size := range []int{20_000, 60_000} {
+			out, status = run(t, "curl", "-sS", "--http2", "--cacert", s.file("ca.crt"), "-H", "x: "+strings.Repeat("!", size), "-o", "/dev/null",
+				"-w", "%{http_code}", get)
+			if status != 0 || out != "431" {
+				t.Errorf("%d octets: status %d: %s", size, status, out)
+			}
 		}
 	})
 	noErrors(t, s.gateway)

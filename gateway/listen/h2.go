@@ -27,16 +27,19 @@ const (
 	defaultWindow = 1<<16 - 1
 	// enough is how much a turn says before it lets its driver write.
 	enough = 16 << 10
-	// maxBlock is what a header block may have in octets before it is decoded, and maxContinuations in how many frames
-	// besides the first one it may come; 16 KiB fit into two.
-	maxBlock         = 2 * maxHeader
+	// maxBlock is what a header block may have, in octets as it comes and in the size of its fields: a request with more than
+	// maxHeader is answered with 431, but its block is taken to the end, because the next one needs the table. A client that
+	// sends more than this is sent away. maxContinuations is in how many frames besides the first one a block may come;
+	// maxBlock fits into eight.
+	maxBlock         = 8 * maxHeader
 	maxContinuations = 16
-	// maxDecoded is how much of a block we go on decoding, for the table's sake, when it has long become a 431.
-	maxDecoded = 8 * maxHeader
 	// maxBodies is how much of bodies that have not come to their end a connection may have here. They hold what a client
 	// was allowed to send at once, and the window is opened again as they arrive: were it not, a hundred requests could
 	// each wait for the others to leave room.
 	maxBodies = connWindow
+	// maxBody is how much of a request's body is read. What is in it behind a message's greatest length is dropped, so that a
+	// client that reads nothing before it has sent everything learns why it is refused.
+	maxBody = 1 << 20
 	// maxHeld is how much may wait for the client's window. A client that has more waiting does not read.
 	maxHeld = maxUnsent
 	// fullBudget is what a client may cost us before it has asked for anything: see spend.
@@ -132,7 +135,7 @@ type h2 struct {
 	dead    bool
 
 	table   fieldTable
-	streams []*h2Stream // by their ids; not those that are answered
+	streams []*h2Stream // by their ids; not those that are closed
 	ignored []uint32    // streams that we have reset before the client had ended them, at most maxStreams
 	last    uint32      // the client's latest stream
 	final   uint32      // the latest one before GOAWAY
@@ -148,8 +151,7 @@ type h2 struct {
 	window        int64 // what we may send
 	streamWindow  int64 // what we may send on a new stream
 	receiveWindow int32 // what the client may send
-	misses        int   // that have not come back
-	orphans       int   // of them, those whose stream is no more
+	orphans       int   // misses that have not come back and whose stream is no more
 	bodies        int   // octets in streams that are not whole
 	held          int   // octets in streams that wait for the window
 	budget        int
@@ -163,9 +165,10 @@ const (
 	discarding                    // its end; what is answered is known
 	resolving                     // its miss
 	sending                       // the client's window
+	ending                        // its end, which says nothing any more
 )
 
-// h2Stream is a stream that is not answered.
+// h2Stream is a stream that is not answered, or that its client has not ended.
 type h2Stream struct {
 	id       uint32
 	state    streamState
@@ -315,8 +318,10 @@ func (c *h2) open() bool {
 	return false
 }
 
-// underWay implements machine.
-func (c *h2) underWay() int { return c.misses }
+// done implements machine. A stream that is resolved may have to wait for the client's window then.
+func (c *h2) done() bool {
+	return c.blockID == 0 && !slices.ContainsFunc(c.streams, func(st *h2Stream) bool { return st.state != ending })
+}
 
 // spend takes from the client's budget: frames and streams that ask for nothing, or that it gives up, have to be few
 // beside requests that are answered. That bounds rapid reset (CVE-2023-44487) and floods of SETTINGS, PING, PRIORITY,
@@ -408,8 +413,13 @@ func (c *h2) clientReset(id uint32, b []byte) error {
 		return errIdle
 	}
 	c.forget(id)
-	if st := c.find(id); st != nil {
-		c.remove(st)
+	st := c.find(id)
+	if st == nil {
+		return nil
+	}
+	early := st.state != ending // else it is right to send no more of what is of no use
+	c.remove(st)
+	if early {
 		return c.spend(costReset)
 	}
 	return nil
@@ -522,7 +532,7 @@ func (c *h2) data(t *turn, x *h2Scratch, flags byte, id uint32, b []byte) error 
 		if end {
 			c.forget(id)
 		}
-		return nil
+		return c.spend(costFrame)
 	case !st.open:
 		return c.reset(t, id, codeClosed)
 	}
@@ -540,7 +550,8 @@ func (c *h2) data(t *turn, x *h2Scratch, flags byte, id uint32, b []byte) error 
 		return c.malformed(t, id, end) // RFC 9113, section 8.1.1
 	}
 	switch {
-	case st.state == sending:
+	case st.state == sending || st.state == ending:
+		c.rest(t, st)
 		return nil
 	case st.received > wire.MaxMessage:
 		if st.refusal == nil {
@@ -624,6 +635,7 @@ func (c *h2) continuation(t *turn, x *h2Scratch, flags byte, b []byte) error {
 		return errContinuation
 	}
 	if c.blocks++; c.blocks > maxContinuations || len(c.block)+len(b) > maxBlock {
+		c.last = max(c.last, c.blockID) // clients ask again for what GOAWAY does not cover
 		return errBlock
 	}
 	c.block = append(c.block, b...)
@@ -681,7 +693,8 @@ func (c *h2) trailers(t *turn, x *h2Scratch, st *h2Stream, h *h2Header, end bool
 		return c.malformed(t, st.id, end)
 	}
 	st.open = false
-	if st.state == sending {
+	if st.state == sending || st.state == ending {
+		c.rest(t, st)
 		return nil
 	}
 	return c.ended(t, x, st)
@@ -813,7 +826,6 @@ func (c *h2) ask(t *turn, x *h2Scratch, id uint32, st *h2Stream, msg []byte, f f
 			c.bodies -= len(st.buf)
 		}
 		st.state, st.buf = resolving, st.buf[:0]
-		c.misses++
 		t.misses = append(t.misses, m)
 		return nil
 	}
@@ -823,7 +835,6 @@ func (c *h2) ask(t *turn, x *h2Scratch, id uint32, st *h2Stream, msg []byte, f f
 
 // answer implements machine.
 func (c *h2) answer(t *turn, m *miss, msg []byte) {
-	c.misses--
 	c.earn(gainRequest)
 	st := c.find(m.stream)
 	if c.dead || st == nil {
@@ -928,14 +939,33 @@ func (c *h2) push(t *turn) error {
 	return nil
 }
 
-// finish closes a stream that is answered. A client that has not ended it need not go on (RFC 9113, section 8.1).
+// finish closes a stream that is answered, or lets its client come to its end.
 func (c *h2) finish(t *turn, st *h2Stream) {
+	if st == nil {
+		return
+	}
+	st.state = ending
+	if cap(st.buf) > keepBuffer {
+		st.buf = nil
+	}
+	c.rest(t, st)
+}
+
+// rest goes on with a stream whose response is there, when its client has ended it or has sent more of it, which nobody needs.
+// RFC 9113, section 8.1, lets us tell it to stop, by RST_STREAM with NO_ERROR; but many a client, curl 7.88 among them, takes
+// that for a failure and does not look at the response. So one that comes to its end soon may.
+func (c *h2) rest(t *turn, st *h2Stream) {
 	switch {
-	case st == nil:
-	case st.open:
+	case st.state == sending && (!st.open || st.received > maxBody):
+	case !st.open:
+		c.remove(st)
+	case st.received > maxBody:
 		c.abort(t, st.id, codeNone)
 	default:
-		c.remove(st)
+		if gone := streamWindow - st.receive; gone >= streamWindow/2 {
+			st.receive += gone
+			t.out = appendWindow(t.out, st.id, uint32(gone))
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package listen
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -33,6 +34,7 @@ func TestH2Timing(t *testing.T) {
 		{"everything was answered", func(s *h2Script) { s.get(1, "hit") }, idle, "GOAWAY 1 NO_ERROR"},
 		{"half a frame", func(s *h2Script) { s.in.WriteString("\x00\x00\x08\x06") }, bodyTimeout, "GOAWAY 0 NO_ERROR"},
 		{"a request without its body", func(s *h2Script) { s.post(1) }, bodyTimeout, "GOAWAY 1 NO_ERROR"},
+		{"a refused request without its end", func(s *h2Script) { s.post(1, "content-length", "100000") }, bodyTimeout, "GOAWAY 1 NO_ERROR"},
 		{"half a header block", func(s *h2Script) {
 			_ = s.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: []byte{0x82}})
 		}, bodyTimeout, "GOAWAY 0 NO_ERROR"},
@@ -238,5 +240,143 @@ func TestH2DoesNotRead(t *testing.T) {
 			t.Errorf("the connection lived for %v, want %v: %v", took, writeTimeout, err)
 		}
 		_ = client.NetConn().Close()
+	})
+}
+
+// h2Client says what its script has on a connection, and reads frame by frame.
+type h2Client struct {
+	*h2Script
+	conn *tls.Conn
+	r    h2Reader
+}
+
+// overH2 runs test with an HTTP/2 listener of either driver, and a client that has said which settings it has.
+func overH2(t *testing.T, settings []http2.Setting, test func(t *testing.T, h *fake, s *HTTPS, c *h2Client)) {
+	for _, driver := range []string{"loops", "goroutines"} {
+		t.Run(driver, func(t *testing.T) {
+			h := newFake()
+			s, err := ListenHTTPS(t.Context(), HTTPSConfig{Common: common(h), TLS: serverConfig(), HTTP: []string{"h2"}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if driver == "goroutines" {
+				s.ln.Listener = disguised{s.ln.Listener}
+			}
+			serve(t, s)
+			conn, err := tls.Dial("tcp", s.Addr().String(), clientConfig("h2"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+			c := &h2Client{newH2Script(t, h), conn, newH2Reader(conn)}
+			_ = c.fr.WriteSettings(settings...)
+			c.send()
+			c.expect("SETTINGS 3=100 4=65536 6=16384", "WINDOW 0 983041", "SETTINGS ack")
+			test(t, h, s, c)
+		})
+	}
+}
+
+// send sends what was written.
+func (c *h2Client) send() {
+	c.t.Helper()
+	if _, err := c.in.WriteTo(c.conn); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// expect reads frames. The end of the connection is one too.
+func (c *h2Client) expect(want ...string) {
+	c.t.Helper()
+	for _, want := range want {
+		got, err := c.r.next()
+		if err != nil {
+			got = err.Error()
+		}
+		if got != want {
+			c.t.Fatalf("got %s, want %s", got, want)
+		}
+	}
+}
+
+// TestH2DrainWindow stops while a request is resolved whose answer has to wait for the client's window: the connection
+// ends when all of it was sent.
+func TestH2DrainWindow(t *testing.T) {
+	small := []http2.Setting{{ID: settingWindow, Val: 10}}
+	overH2(t, small, func(t *testing.T, h *fake, s *HTTPS, c *h2Client) {
+		c.get(1, "slow")
+		c.get(3, "slow")
+		c.send()
+		receive(t, h.waiting)
+		receive(t, h.waiting)
+		done := shutdown(within(t), s)
+		c.expect("GOAWAY 3 NO_ERROR")
+		h.gate <- struct{}{}
+		got, err := c.r.next() // of either stream
+		first, second := uint32(1), uint32(3)
+		if got == "HEADERS 3 200" {
+			first, second = second, first
+		}
+		if want := fmt.Sprintf("HEADERS %d 200", first); err != nil || got != want {
+			t.Fatalf("got %s, %v, want %s", got, err, want)
+		}
+		c.expect(fmt.Sprintf("DATA %d 10", first))
+		for range 3 { // the other one may still be resolved, or wait as well
+			_ = c.fr.WriteWindowUpdate(first, 10)
+			c.send()
+			c.expect(fmt.Sprintf("DATA %d 10", first))
+		}
+		_ = c.fr.WriteWindowUpdate(first, 100)
+		c.send()
+		c.expect(fmt.Sprintf("DATA %d 12 end", first))
+		_ = c.fr.WriteWindowUpdate(second, 100) // before there is something to send
+		_ = c.fr.WritePing(false, [8]byte([]byte("is it in")))
+		c.send()
+		c.expect("PING true is it in")
+		h.gate <- struct{}{}
+		c.expect(fmt.Sprintf("HEADERS %d 200", second), fmt.Sprintf("DATA %d 52 end", second), io.EOF.Error())
+		if err := receive(t, done); err != nil {
+			t.Errorf("Shutdown: %v", err)
+		}
+	})
+}
+
+// TestH2DrainShutWindow has that client never open its window: it is not waited for longer than Shutdown may take.
+func TestH2DrainShutWindow(t *testing.T) {
+	small := []http2.Setting{{ID: settingWindow, Val: 10}}
+	overH2(t, small, func(t *testing.T, h *fake, s *HTTPS, c *h2Client) {
+		c.get(1, "slow")
+		c.send()
+		receive(t, h.waiting)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := shutdown(ctx, s)
+		c.expect("GOAWAY 1 NO_ERROR")
+		close(h.gate)
+		c.expect("HEADERS 1 200", "DATA 1 10")
+		cancel()
+		if err := receive(t, done); !errors.Is(err, context.Canceled) {
+			t.Errorf("Shutdown: %v, want %v", err, context.Canceled)
+		}
+		receive(t, s.done)
+	})
+}
+
+// TestH2LastWord has a client that is sent away in the middle of what it says: it can go on for a while, so that it comes to
+// reading why.
+func TestH2LastWord(t *testing.T) {
+	overH2(t, nil, func(t *testing.T, _ *fake, s *HTTPS, c *h2Client) {
+		block := make([]byte, maxFrame)
+		_ = c.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block, EndStream: true})
+		for range maxBlock / maxFrame {
+			_ = c.fr.WriteContinuation(1, false, block)
+		}
+		c.send()
+		c.expect("GOAWAY 1 ENHANCE_YOUR_CALM")
+		for range lingerMost/maxFrame - 10 {
+			_ = c.fr.WriteContinuation(1, false, block)
+		}
+		c.send()
+		c.expect(io.EOF.Error())
 	})
 }

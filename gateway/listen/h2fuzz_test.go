@@ -91,11 +91,11 @@ func FuzzH2(f *testing.F) {
 					misses++
 				}
 			}
-			if s.err == nil && (bodies != s.c.bodies || held != s.c.held || misses+s.c.orphans != s.c.misses) {
-				t.Fatalf("%d, %d and %d, counted as %+v", bodies, held, misses, s.c)
+			if s.err == nil && (bodies != s.c.bodies || held != s.c.held || misses+s.c.orphans != len(s.turn.misses)) {
+				t.Fatalf("%d, %d and %d of %d, counted as %+v", bodies, held, misses, len(s.turn.misses), s.c)
 			}
 			if bodies > maxBodies || held > maxHeld || len(s.c.streams)+s.c.orphans > maxStreams || len(s.c.block) > maxBlock ||
-				len(s.c.ignored) > maxStreams || s.c.misses > maxStreams {
+				len(s.c.ignored) > maxStreams || len(s.turn.misses) > maxStreams {
 				t.Fatalf("too much: %+v", s.c)
 			}
 		}

@@ -42,7 +42,7 @@ func (h *h2Header) read(r *fieldReader, t *fieldTable, block []byte) error {
 		}
 		size += f.size()
 		switch {
-		case size > maxDecoded:
+		case size > maxBlock:
 			return errBlock
 		case size > maxHeader:
 			h.tooLarge = true

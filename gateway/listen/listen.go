@@ -93,6 +93,9 @@ const (
 	// linger is how long a connection that we close may take to read what was sent: closing a TCP socket with unread
 	// bytes resets it (RFC 9293, section 3.6.1), and quic-go drops what it has not sent yet.
 	linger = 250 * time.Millisecond
+	// lingerMost is how many octets that nobody needs are read of such a connection, because a client may look for what was
+	// sent only when it has said everything.
+	lingerMost = 1 << 20
 	// keepBuffer is the largest buffer that goes back into a pool, so that one giant answer is not kept for ever.
 	keepBuffer = 16 << 10
 )

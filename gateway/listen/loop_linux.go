@@ -134,7 +134,7 @@ type loop struct {
 	free   []int32
 	times  dueTimes    // of all connections
 	armed  int64       // when the file's deadline is, never without one
-	again  []*loopConn // they may have more to read than their turn let them
+	again  []*loopConn // they may have more to read than their turn let them; each is there once
 	now    int64       // at the beginning of the round, see clock
 	since  int64       // when the loop got its thread
 	gone   bool        // the loop has ended
@@ -239,6 +239,9 @@ func (l *loop) rounds(uintptr) (gone bool) {
 		l.since = min(l.since, l.now)
 		again := l.again
 		l.again = nil
+		for _, c := range again {
+			c.queued = false
+		}
 		for i := range l.events[:n] {
 			e := &l.events[i]
 			if e.Fd < 0 || l.conns[e.Fd] == nil {
@@ -254,7 +257,9 @@ func (l *loop) rounds(uintptr) (gone bool) {
 			l.serve(c)
 		}
 		for _, c := range again {
-			l.serve(c)
+			if !c.queued { // else it has had its turn
+				l.serve(c)
+			}
 		}
 		if l.called() {
 			l.gone = true
@@ -336,7 +341,6 @@ func (l *loop) join(c *loopConn) {
 func (l *loop) serve(c *loopConn) {
 	c.mu.Lock()
 	if !c.safely(func() { l.turn(c) }) {
-		c.broken = true
 		l.t.out, l.t.cipher, l.t.misses = nil, nil, nil
 		l.end(c)
 	}
@@ -349,9 +353,8 @@ func (l *loop) serve(c *loopConn) {
 // turn reads what c has, answers it, and sends that. c.mu is held.
 func (l *loop) turn(c *loopConn) {
 	t := &l.t
-	if c.closed {
-		c.collect(t, func() {})
-		t.out = t.out[:0]
+	if c.broken {
+		c.collect(t, nil)
 		l.end(c)
 		return
 	}
@@ -367,7 +370,7 @@ func (l *loop) turn(c *loopConn) {
 	}
 	if c.draining && !c.leaving && l.now >= c.drainAt && !c.broken {
 		c.leave(t)
-		c.over = c.over || !c.m.open()
+		c.over = c.over || c.m.done()
 	}
 	t.served = 0
 	have := copy(l.in, c.left)
@@ -381,7 +384,10 @@ func (l *loop) turn(c *loopConn) {
 			break
 		}
 		if budget <= 0 {
-			l.again = append(l.again, c)
+			if !c.queued {
+				c.queued = true
+				l.again = append(l.again, c)
+			}
 			break
 		}
 		n := c.read(l, have)
@@ -395,7 +401,7 @@ func (l *loop) turn(c *loopConn) {
 	case t.served > 0 || c.partial == 0:
 		c.partial = l.now
 	}
-	if c.leaving && !c.m.open() {
+	if c.leaving && c.m.done() {
 		c.over = true
 	}
 	l.end(c)
@@ -404,7 +410,7 @@ func (l *loop) turn(c *loopConn) {
 
 // end brings c to its end when it is there. c.mu is held.
 func (l *loop) end(c *loopConn) {
-	if !c.broken && c.over && !c.stalled && c.m.underWay() == 0 {
+	if !c.broken && c.over && !c.stalled && c.misses == 0 {
 		c.leave(&l.t)
 		if c.tls != nil && !c.lingering {
 			_ = c.tls.CloseWrite()
@@ -427,7 +433,7 @@ func (l *loop) end(c *loopConn) {
 		_ = unix.Close(c.fd)
 		c.left, c.pending = nil, nil
 	}
-	if c.m.underWay() == 0 && c.place >= 0 {
+	if c.misses == 0 && c.place >= 0 {
 		l.times.remove(c)
 		l.conns[c.number] = nil
 		l.free = append(l.free, c.number)
@@ -481,7 +487,9 @@ type loopConn struct {
 	number    int32 // in loop.conns
 	unread    bool  // there may be something to read
 	hup       bool  // there is nothing after what there is to read
+	queued    bool  // in loop.again
 	lingering bool  // all is said
+	lingered  int   // octets that were read since
 	called    bool  // guarded by loop.mu
 
 	// Guarded by flow.mu; times are those of clock.
@@ -489,7 +497,6 @@ type loopConn struct {
 	leaving  bool   // the machine has said goodbye
 	over     bool   // nothing is read any more
 	stalled  bool   // nothing is read until a miss has come back, or until the client has read
-	broken   bool   // nothing can be sent any more
 	closed   bool   // fd is
 	left     []byte // what the machine has not taken
 	pending  []byte // what the client has not taken
@@ -519,7 +526,7 @@ func (c *loopConn) due(now int64) int64 {
 		return now + int64(c.s.idle) // a miss
 	case c.partial != 0:
 		return c.partial + int64(c.s.message)
-	case c.m.underWay() > 0:
+	case c.misses > 0:
 		return now + int64(c.s.idle)
 	}
 	return c.quiet + int64(c.s.idle)
@@ -550,7 +557,7 @@ func (c *loopConn) feed(t *turn, have int) (left int) {
 			break
 		}
 		if used == 0 && !said {
-			c.stalled = t.full && c.m.underWay() > 0
+			c.stalled = t.full && c.misses > 0
 			break
 		}
 	}
@@ -683,7 +690,7 @@ func (c *loopConn) leave(t *turn) {
 
 // discard reads what nobody will answer, and returns true when the client has no more, or too much.
 func (c *loopConn) discard(buf []byte) bool {
-	for some := 0; some < maxPending; {
+	for c.lingered < lingerMost {
 		n, err := read(c.fd, buf)
 		if err == unix.EAGAIN {
 			return false
@@ -691,7 +698,7 @@ func (c *loopConn) discard(buf []byte) bool {
 		if err != 0 || n == 0 {
 			break
 		}
-		some += n
+		c.lingered += n
 	}
 	return true
 }
@@ -714,12 +721,11 @@ func (c *loopConn) miss(m *miss) {
 		c.collect(t, func() { c.send(t) })
 		c.send(t)
 	}) {
-		c.broken = true
 		t.out, t.cipher = nil, nil
 	}
 	t.trim()
 	c.quiet = clock(time.Now())
-	if c.stalled || c.over || c.broken || calm && len(c.pending) > 0 {
+	if c.stalled || c.leaving || c.over || c.broken || calm && len(c.pending) > 0 {
 		c.loop.call(c)
 	}
 }

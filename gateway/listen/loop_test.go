@@ -347,34 +347,46 @@ func TestStreamTimes(t *testing.T) {
 	})
 }
 
-// brokenMachine is a machine with a fault: its input fails, or panics.
+// brokenMachine is a machine with a fault.
 type brokenMachine struct {
-	dnsMachine
-	panics bool
+	*dnsMachine
+	fault string
 }
 
-func (m *brokenMachine) input(t *turn, data []byte) (int, error) {
-	if m.panics {
+func (m *brokenMachine) input(t *turn, data []byte) (used int, err error) {
+	if m.fault == "answer panics" {
+		return m.dnsMachine.input(t, data)
+	}
+	used, _ = m.dnsMachine.input(t, data) // there are misses
+	if m.fault == "input panics" {
 		panic("ordered by the test")
 	}
 	t.out = append(t.out, "goodbye"...)
-	return len(data), errors.New("ordered by the test")
+	return used, errors.New("ordered by the test")
 }
 
-// TestMachineFaults has a machine fail: the connection ends when all was said. And it has one panic: that costs one
-// connection, and not the process.
+func (m *brokenMachine) answer(t *turn, q *miss, msg []byte) {
+	m.dnsMachine.answer(t, q, msg)
+	if m.fault == "answer panics" {
+		panic("ordered by the test")
+	}
+}
+
+// TestMachineFaults has a machine fail while misses are under way: the connection ends when all was said. And it has one
+// panic: that costs one connection, of which nothing is left, and not the process.
 func TestMachineFaults(t *testing.T) {
-	for _, panics := range []bool{false, true} {
-		for _, goroutines := range []bool{false, true} {
-			t.Run(fmt.Sprint("panics ", panics, ", goroutines ", goroutines), func(t *testing.T) {
+	for _, fault := range []string{"input fails", "input panics", "answer panics"} {
+		for _, driver := range []string{"loops", "goroutines"} {
+			t.Run(fault+", "+driver, func(t *testing.T) {
 				var log syncBuffer
-				c := common(echo{})
+				h := newFake()
+				c := common(h)
 				c.Logger = slog.New(slog.NewTextHandler(&log, nil))
 				ln, err := net.Listen("tcp", "127.0.0.1:0")
 				if err != nil {
 					t.Fatal(err)
 				}
-				if goroutines {
+				if driver == "goroutines" {
 					ln = disguised{ln}
 				}
 				limit := newConnLimit(Limits{}.withDefaults())
@@ -388,17 +400,39 @@ func TestMachineFaults(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				s.add(nc, nil, &brokenMachine{panics: panics})
-				_, _ = client.Write([]byte("hello"))
+				s.add(nc, nil, &brokenMachine{newDNSMachine(newPeer(&c, nc, wire.TCP), defaultPipeline), fault})
+				const misses = 3
+				_, _ = client.Write(framed(query(t, "slow", 1), query(t, "slow", 2), query(t, "slow", 3)))
+				if fault != "input panics" { // of which the driver has not heard then
+					for range misses {
+						receive(t, h.waiting)
+					}
+				}
+				close(h.gate)
 				_ = client.SetReadDeadline(time.Now().Add(10 * time.Second))
-				got, _ := io.ReadAll(client)
+				if fault == "input fails" {
+					said := make([]byte, len("goodbye"))
+					if _, err := io.ReadFull(client, said); err != nil || string(said) != "goodbye" {
+						t.Errorf("got %q, %v", said, err)
+					}
+					for range misses {
+						if _, err := readFramed(client); err != nil {
+							t.Error(err)
+						}
+					}
+				}
+				if got, err := io.ReadAll(client); len(got) > 0 {
+					t.Errorf("got %q and %v, want the end", got, err)
+				}
 				_ = client.Close()
 				_ = a.Close()
-				s.wait()
-				if want := map[bool]string{false: "goodbye", true: ""}[panics]; string(got) != want {
-					t.Errorf("got %q, want %q", got, want)
-				}
-				if strings.Contains(log.String(), "panic") != panics || limit.open() != 0 {
+				over := make(chan struct{})
+				go func() {
+					defer close(over)
+					s.wait()
+				}()
+				receive(t, over)
+				if panics := strings.HasSuffix(fault, "panics"); strings.Contains(log.String(), "panic") != panics || limit.open() != 0 {
 					t.Errorf("%d connections are open; the log says %q", limit.open(), log.String())
 				}
 			})
@@ -566,13 +600,13 @@ func TestDNSMachineStops(t *testing.T) {
 	tn = turn{}
 	small := framed(query(t, "a", 1), query(t, "b", 2), query(t, "c", 3))
 	used, err := d.input(&tn, small)
-	if used != 2*len(small)/3 || err != nil || !tn.full || d.underWay() != 2 || len(tn.misses) != 2 {
-		t.Errorf("at the limit: used %d, full %v, %d under way, %v", used, tn.full, d.underWay(), err)
+	if used != 2*len(small)/3 || err != nil || !tn.full || d.misses != 2 || len(tn.misses) != 2 {
+		t.Errorf("at the limit: used %d, full %v, %d under way, %v", used, tn.full, d.misses, err)
 	}
 	for _, m := range tn.misses {
 		d.answer(&tn, m, nil)
 	}
-	if d.underWay() != 0 || len(tn.out) != 0 {
-		t.Errorf("%d under way, %d octets for answers that nobody gave", d.underWay(), len(tn.out))
+	if d.misses != 0 || len(tn.out) != 0 {
+		t.Errorf("%d under way, %d octets for answers that nobody gave", d.misses, len(tn.out))
 	}
 }

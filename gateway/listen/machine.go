@@ -10,7 +10,7 @@ import (
 
 // machine is what is spoken on one connection: DNS messages with a length in front (TCP, DoT), or HTTP/2. It turns the
 // client's octets into queries and answers into octets, and does no I/O, takes no time and starts nothing; its driver
-// does. All calls of one machine are made with its connection's lock held.
+// does. All calls of one machine are made with its connection's lock held. None is made after one that has panicked.
 type machine interface {
 	// input takes what the client sent, beginning with what the call before left over, and returns how many octets it
 	// has used up. It appends what there is to say to t.out and what cannot be answered at once to t.misses. It may stop
@@ -25,8 +25,9 @@ type machine interface {
 	// open reports whether the client has begun something that it has to bring to an end besides what input left over,
 	// such as a request without its body: then it gets limited time for it, and not the time of an idle connection.
 	open() bool
-	// underWay returns how many misses have not come back.
-	underWay() int
+	// done reports, after drain, whether nothing is of use any more that the client may still send: it has begun nothing that
+	// is answered, and no answer that is under way can need its window. Then it is read no more.
+	done() bool
 }
 
 // peer is the other end of a connection, for the queries that come from it.

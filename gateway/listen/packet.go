@@ -8,6 +8,7 @@ import (
 	"os"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"dnsgateway/gateway/wire"
@@ -38,7 +39,9 @@ type PacketConfig struct {
 	Common
 	// Inflight is the number of queries that may be in Resolve at once. As many more may wait for their turn, which
 	// doubles the time that an answer takes at worst; beyond that the miss that has waited longest is shed without an
-	// answer. 10000 by default.
+	// answer. 10000 by default. A Handler that bounds what it asks, and answers what it gives up, as the gateway's does, has
+	// to be given more here than that bound: else misses wait and are shed here, in silence, before it comes to decide. What
+	// is left for this bound then are the many who wait for few questions.
 	Inflight int
 	// Sockets is how many sockets share the port, each read by a goroutine of its own; one for each of GOMAXPROCS by
 	// default. The kernel chooses by the client's address and port. Only Linux can do that: elsewhere there is one socket,
@@ -62,6 +65,8 @@ type Packet struct {
 
 	misses missQueue
 	pool   sync.Pool // of *pending
+	unsent atomic.Uint64
+	warned atomic.Int64 // when unsent was last worth a warning, in Unix nanoseconds
 	life
 }
 
@@ -166,6 +171,9 @@ func (l *Packet) Name() string { return l.cfg.Name }
 // Shed returns how many misses were given up because too many others were being resolved: those that were pushed out of
 // the queue, and those whose client will have given up before.
 func (l *Packet) Shed() uint64 { return l.misses.shed.Load() }
+
+// Unsent returns how many answers to misses were given up because too many others waited to be sent.
+func (l *Packet) Unsent() uint64 { return l.unsent.Load() }
 
 // Serve implements Server.
 func (l *Packet) Serve() error {
@@ -357,12 +365,14 @@ func (l *Packet) resolve(m *pending) {
 // post sends the answer of m, or leaves it to the worker that is sending by the same socket: then several leave at once.
 func (s *socket) post(m *pending) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	if len(s.ready) == maxUnsentAnswers {
+		s.mu.Unlock()
 		m.resp = nil
 		s.l.recycle(m)
+		s.l.giveUpAnswer()
 		return
 	}
+	defer s.mu.Unlock()
 	s.ready = append(s.ready, m)
 	if s.sending {
 		return
@@ -392,4 +402,13 @@ func (s *socket) post(m *pending) {
 		s.spare = batch[:0]
 	}
 	s.sending = false
+}
+
+// giveUpAnswer counts an answer that is not sent, and says so now and then.
+func (l *Packet) giveUpAnswer() {
+	n := l.unsent.Add(1)
+	now, last := time.Now().UnixNano(), l.warned.Load()
+	if now-last >= int64(warnEvery) && l.warned.CompareAndSwap(last, now) {
+		l.cfg.Logger.Warn("answers are given up: the socket does not take them as fast as they are ready", "unsent", n)
+	}
 }

@@ -3,10 +3,13 @@ package listen
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -209,6 +212,58 @@ func testPacketOverload(t *testing.T, plain bool) {
 	if n := l.Shed(); n != 3 {
 		t.Errorf("%d misses are shed in the end, want 3", n)
 	}
+}
+
+// stuck is a sender that waits for a word on gate.
+type stuck struct {
+	gate chan struct{}
+	sent int
+}
+
+func (s *stuck) send(answers []answer) {
+	<-s.gate
+	s.sent += len(answers)
+}
+
+// TestPacketUnsent has a socket take nothing while answers are ready: what is too much is counted, and is worth a warning
+// now and then.
+func TestPacketUnsent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log syncBuffer
+		c := common(echo{})
+		c.Logger = slog.New(slog.NewTextHandler(&log, nil))
+		tx := &stuck{gate: make(chan struct{})}
+		l := &Packet{cfg: PacketConfig{Common: c}}
+		l.pool.New = func() any { return new(pending) }
+		s := &socket{l: l, tx: tx}
+		post := func() { s.post(&pending{resp: make([]byte, 1)}) }
+		go post()
+		synctest.Wait() // it is sending
+		for range maxUnsentAnswers + 3 {
+			post()
+		}
+		check := func(unsent uint64, warnings int) {
+			t.Helper()
+			if n := l.Unsent(); n != unsent {
+				t.Errorf("%d answers are given up, want %d", n, unsent)
+			}
+			if n := strings.Count(log.String(), "level=WARN"); n != warnings {
+				t.Errorf("%d warnings, want %d:\n%s", n, warnings, log.String())
+			}
+		}
+		check(3, 1)
+		time.Sleep(warnEvery)
+		post()
+		post()
+		check(5, 2)
+		close(tx.gate)
+		synctest.Wait()
+		post()
+		if want := 1 + maxUnsentAnswers + 1; tx.sent != want {
+			t.Errorf("%d answers were sent, want %d", tx.sent, want)
+		}
+		check(5, 2)
+	})
 }
 
 // TestPacketHostile sends what has no answer, and what makes the Handler panic; the next query is answered.

@@ -136,10 +136,14 @@ func (s *Stream) Serve() error {
 	}
 	cancel() // no query of these has been read
 	s.shaking.Wait()
-	s.streams.wait()
 	if !s.halted() {
+		// The socket is gone, and not by us: the clients that are there must not go on as if all were well.
+		s.cancel()
+		s.streams.abort()
+		s.streams.wait()
 		return net.ErrClosed
 	}
+	s.streams.wait()
 	return nil
 }
 

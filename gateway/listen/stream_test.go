@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -427,6 +428,37 @@ func TestStreamShutdownLosesPatience(t *testing.T) {
 	})
 }
 
+// TestStreamSocketGone closes the socket behind the listener's back: Serve says so at once, whatever its clients do.
+func TestStreamSocketGone(t *testing.T) {
+	overBoth(t, func(t *testing.T, cfg StreamConfig, h *fake) {
+		s, err := ListenStream(t.Context(), cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if withGoroutines {
+			s.ln.Listener = disguised{s.ln.Listener}
+		}
+		served := make(chan error, 1)
+		go func() { served <- s.Serve() }()
+		c, idle := dialStream(t, s), dialStream(t, s)
+		idle.send(framed(query(t, "hit", 1)))
+		idle.want(1)
+		c.send(framed(query(t, "slow", 1)))
+		receive(t, h.waiting)
+		_ = s.ln.Listener.Close()
+		if err := receive(t, served); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Serve: %v, want %v", err, net.ErrClosed)
+		}
+		if n := s.Connections(); n != 0 {
+			t.Errorf("%d connections are open", n)
+		}
+		if err := s.Shutdown(within(t)); err != nil {
+			t.Errorf("Shutdown afterwards: %v", err)
+		}
+		noLeaks(t)
+	})
+}
+
 func TestDoTVersionsAndALPN(t *testing.T) {
 	s := listenStream(t, StreamConfig{Common: common(newFake()), TLS: serverConfig()})
 	tests := []struct {
@@ -670,6 +702,51 @@ func TestStreamNobodyReadsMuch(t *testing.T) {
 		near(t, time.Since(begin), 0)
 		_ = c.Close()
 	})
+}
+
+// TestStreamNobodyReadsOneBatch has large answers come back together, in the hands of one goroutine: they count as well. A few
+// wait for a client that takes its time.
+func TestStreamNobodyReadsOneBatch(t *testing.T) {
+	for _, n := range []int{3, defaultPipeline} {
+		synctest.Test(t, func(t *testing.T) {
+			h := &bulky{gate: make(chan struct{})}
+			close(h.gate)
+			common := common(h)
+			s := newStreams(t.Context(), &common, nil, testIdle, testMessage)
+			client, nc := net.Pipe()
+			d := newDNSMachine(newPeer(&common, nc, wire.TCP), n)
+			c := newStreamConn(s, nc, nil, d)
+			var tn turn
+			if _, err := d.input(&tn, framed(slices.Repeat([][]byte{query(t, "miss", 1)}, n)...)); err != nil || len(tn.misses) != n {
+				t.Fatal(len(tn.misses), err)
+			}
+			c.mu.Lock()
+			c.misses = n
+			s.wg.Add(n)
+			go c.miss(tn.misses[0]) // it answers all when it comes to have the lock
+			for c.back.Load() == nil {
+				runtime.Gosched()
+			}
+			for _, m := range tn.misses[1:] {
+				c.miss(m)
+			}
+			c.mu.Unlock()
+			time.Sleep(writeTimeout / 2)
+			got, _ := io.CopyN(io.Discard, client, int64(n*(prefixLen+wire.MaxMessage)))
+			s.wg.Wait()
+			if n*wire.MaxMessage > maxUnsent {
+				if !c.broken || got != 0 {
+					t.Errorf("%d answers: %d octets waited for the client", n, got)
+				}
+			} else if want := int64(n * (prefixLen + wire.MaxMessage)); c.broken || got != want {
+				t.Errorf("%d answers: %d octets were sent, want %d", n, got, want)
+			}
+			if c.misses != 0 {
+				t.Errorf("%d misses are left", c.misses)
+			}
+			_, _ = client.Close(), nc.Close()
+		})
+	}
 }
 
 // TestStreamPrefixAlone promises 64 KiB and sends nothing: no buffer is made for it.

@@ -30,7 +30,6 @@ type streamConn struct {
 	writing  bool
 	pending  []byte // for the one who writes
 	spare    []byte
-	broken   bool // nothing can be written any more
 	draining bool
 	leaving  bool // the machine has said goodbye
 }
@@ -67,7 +66,12 @@ func (c *streamConn) read() {
 		}
 		c.t.received, c.t.served = time.Now().UnixNano(), 0
 		var going bool
-		if !c.safely(func() { have, going = c.feed(have) }) || !going {
+		c.mu.Lock()
+		if !c.safely(func() { have, going = c.feed(have) }) {
+			c.fail()
+		}
+		c.mu.Unlock()
+		if !going {
 			return
 		}
 		c.makeRoom(have)
@@ -76,11 +80,10 @@ func (c *streamConn) read() {
 }
 
 // feed gives the machine the first have octets of buf and returns how many are left over, and false when the connection is
-// beyond use. It waits while too much is under way or pending: a client that does not read is not read.
+// beyond use. It waits while too much is under way or pending: a client that does not read is not read. mu is held, but not
+// while it waits.
 func (c *streamConn) feed(have int) (left int, ok bool) {
 	t := &c.t
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	for rest := c.buf[:have]; !c.broken; {
 		t.full = false
 		used, err := c.m.input(t, rest)
@@ -101,8 +104,8 @@ func (c *streamConn) feed(have int) (left int, ok bool) {
 		}
 		switch {
 		case used > 0 && len(rest) > 0 || said && len(rest) > 0:
-		case t.full && c.m.underWay() > 0:
-			for before := c.m.underWay(); c.m.underWay() >= before && !c.broken; {
+		case t.full && c.misses > 0:
+			for before := c.misses; c.misses >= before && !c.broken; {
 				c.changed.Wait()
 			}
 		default:
@@ -126,8 +129,8 @@ func (c *streamConn) makeRoom(have int) {
 	}
 }
 
-// miss resolves m and, with others that are ready at the same time, answers it. If it becomes the writer and the client
-// does not read, those others wait with it until the write has had its time: they are not more than a pipeline.
+// miss resolves m and, with others that are ready at the same time, answers it. All of them are pending before it becomes the
+// writer: else those that come later would wait with it, beyond the bound, for a client that does not read.
 func (c *streamConn) miss(m *miss) {
 	defer c.s.wg.Done()
 	if !c.resolve(m) {
@@ -137,11 +140,15 @@ func (c *streamConn) miss(m *miss) {
 	defer turns.Put(t)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.safely(func() {
-		c.collect(t, func() { c.flush(t) })
-		c.flush(t)
-	})
-	if c.m.underWay() == 0 {
+	if !c.safely(func() {
+		c.collect(t, func() { c.leaveToWriter(t) })
+		c.leaveToWriter(t)
+		c.write(nil)
+	}) {
+		t.out = nil
+		c.fail()
+	}
+	if !c.broken && (c.misses == 0 || c.leaving) {
 		c.setReadDeadline()
 	}
 	c.changed.Broadcast()
@@ -156,37 +163,50 @@ func (c *streamConn) flush(t *turn) {
 	t.trim()
 }
 
-// write sends b, or leaves it to the goroutine that is writing. It does not keep b. mu is held, but not while the client
-// takes its time.
-func (c *streamConn) write(b []byte) {
-	if c.broken {
-		return
-	}
-	if c.writing {
-		if len(c.pending)+len(b) > maxUnsent {
-			c.s.common.Logger.Debug("closing the connection of a client that does not read", "client", c.raw.RemoteAddr())
-			c.broken = true
-			c.pending = nil
-			_ = c.raw.Close() // which ends the write that goes on
-			c.changed.Broadcast()
-			return
-		}
+// leaveToWriter puts what is in t.out behind what is pending. mu is held.
+func (c *streamConn) leaveToWriter(t *turn) {
+	c.await(t.out)
+	t.out = t.out[:0]
+	t.trim()
+}
+
+// await has b wait for the client. It does not keep b. mu is held.
+func (c *streamConn) await(b []byte) {
+	switch {
+	case c.broken:
+	case len(c.pending)+len(b) > maxUnsent:
+		c.s.common.Logger.Debug("closing the connection of a client that does not read", "client", c.raw.RemoteAddr())
+		c.fail()
+	default:
 		c.pending = append(c.pending, b...)
+	}
+}
+
+// write sends b, before which nothing is pending, and then what is, or leaves it to the goroutine that is writing. It does not
+// keep b. mu is held, but not while the client takes its time.
+func (c *streamConn) write(b []byte) {
+	if c.writing {
+		c.await(b)
 		return
 	}
 	c.writing = true
-	for len(b) > 0 && !c.broken {
+	for !c.broken {
+		if len(b) == 0 {
+			if len(c.pending) == 0 {
+				break
+			}
+			b = c.pending
+			c.pending, c.spare = c.spare[:0], b[:0]
+		}
 		c.mu.Unlock()
 		_ = c.raw.SetWriteDeadline(time.Now().Add(writeTimeout))
 		_, err := c.nc.Write(b)
 		c.mu.Lock()
 		if err != nil {
 			// A part of an answer may be out: what follows could not be told from it.
-			c.broken = true
-			_ = c.raw.Close()
+			c.fail()
 		}
-		b = c.pending
-		c.pending, c.spare = c.spare[:0], b[:0]
+		b = nil
 		c.changed.Broadcast()
 	}
 	c.writing = false
@@ -199,11 +219,21 @@ func (c *streamConn) write(b []byte) {
 	c.changed.Broadcast()
 }
 
+// fail makes the connection broken, and ends the read and the write that go on. mu is held.
+func (c *streamConn) fail() {
+	c.broken = true
+	c.pending = nil
+	_ = c.raw.Close()
+	c.changed.Broadcast()
+}
+
 // arm sets the deadline for the next read: after served more queries, have octets of an unfinished one are there.
 func (c *streamConn) arm(served, have int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
+	case c.broken:
+		return
 	case have == 0 && !c.m.open():
 		c.partial = time.Time{}
 	case served > 0 || c.partial.IsZero():
@@ -219,34 +249,34 @@ func (c *streamConn) arm(served, have int) {
 func (c *streamConn) setReadDeadline() {
 	var at time.Time
 	switch {
-	case c.leaving && !c.m.open():
+	case c.leaving && c.m.done():
 		at = time.Now()
 	case c.draining && !c.leaving:
 		return // drain has set it
 	case !c.partial.IsZero():
 		at = c.partial.Add(c.s.message)
-	case c.m.underWay() == 0:
+	case c.misses == 0:
 		at = time.Now().Add(c.s.idle)
 	}
 	_ = c.raw.SetReadDeadline(at)
 }
 
 // goOn reports whether err is a deadline that does not end the reading: one that no longer holds, or that of drain while
-// the client has something to bring to its end.
+// the client may still send something of use.
 func (c *streamConn) goOn(err error) bool {
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		return false
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.draining && !c.leaving {
+	if c.draining && !c.leaving && !c.broken {
 		c.leave()
-		if c.m.open() {
+		if !c.m.done() {
 			c.setReadDeadline()
 			return !c.broken
 		}
 	}
-	return c.m.underWay() > 0 && c.partial.IsZero() && !c.draining && !c.broken
+	return c.misses > 0 && c.partial.IsZero() && !c.draining && !c.broken
 }
 
 // leave has the machine say goodbye. mu is held.
@@ -269,8 +299,10 @@ func (c *streamConn) drain() {
 // finish waits for the answers of what was read, sends them, and says goodbye in the way that lets them arrive.
 func (c *streamConn) finish() {
 	c.mu.Lock()
-	c.safely(c.leave)
-	for c.m.underWay() > 0 || c.writing && !c.broken {
+	if !c.broken && !c.safely(c.leave) {
+		c.fail()
+	}
+	for c.misses > 0 || c.writing && !c.broken {
 		c.changed.Wait()
 	}
 	broken := c.broken
@@ -285,6 +317,6 @@ func (c *streamConn) finish() {
 	if h, ok := c.raw.(interface{ CloseWrite() error }); ok && h.CloseWrite() == nil {
 		// Octets that we have not read would turn the close into a reset, and that takes our last answers with it.
 		_ = c.raw.SetReadDeadline(time.Now().Add(linger))
-		_, _ = io.CopyN(io.Discard, c.raw, maxPending)
+		_, _ = io.CopyN(io.Discard, c.raw, lingerMost)
 	}
 }

@@ -134,15 +134,20 @@ type flow struct {
 	s  *streams
 	m  machine
 	mu sync.Mutex // held in calls of m, and whatever else the driver says
+	// Guarded by mu.
+	misses int  // that were started and have not been collected
+	broken bool // nothing can be sent any more, and m is no longer called
 	// back are the misses that have been resolved and that m has not been told of, the latest first. Who puts the first
 	// one there has to see to it that m is.
 	back atomic.Pointer[miss]
 }
 
-// safely calls do and returns false when it has panicked: a bug of ours costs one connection.
+// safely calls do and returns false when it has panicked: a bug of ours costs one connection, which is broken then. mu is
+// held.
 func (f *flow) safely(do func()) (ok bool) {
 	defer func() {
 		if r := recover(); r != nil {
+			f.broken = true
 			f.s.common.Logger.Error("panic while serving a connection", "panic", fmt.Sprint(r), "stack", string(debug.Stack()))
 		}
 	}()
@@ -154,6 +159,7 @@ func (f *flow) safely(do func()) (ok bool) {
 func (f *flow) start(t *turn, do func(*miss)) {
 	for i, m := range t.misses {
 		t.misses[i] = nil
+		f.misses++
 		f.s.wg.Add(1)
 		go do(m)
 	}
@@ -184,8 +190,8 @@ func (f *flow) resolve(m *miss) bool {
 	return true
 }
 
-// collect tells the machine of the misses that have come back, in their order, and calls flush when much is in t.out. mu is
-// held.
+// collect tells the machine of the misses that have come back, in their order, and calls flush when much is in t.out. From
+// those that it is not told of, because the connection is broken or becomes so, nothing is left either. mu is held.
 func (f *flow) collect(t *turn, flush func()) (any bool) {
 	if f.back.Load() == nil {
 		return false
@@ -194,9 +200,15 @@ func (f *flow) collect(t *turn, flush func()) (any bool) {
 	for m := f.back.Swap(nil); m != nil; {
 		m.next, first, m = first, m, m.next
 	}
-	for first != nil {
+	defer func() { // a panic comes by here too
+		for ; first != nil; first = first.next {
+			f.misses--
+		}
+	}()
+	for first != nil && !f.broken {
 		m := first
 		first = m.next
+		f.misses--
 		f.m.answer(t, m, m.response)
 		m.free()
 		if len(t.out) >= flushSize {

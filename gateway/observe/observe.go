@@ -107,6 +107,8 @@ type InflightStats struct {
 	Now, Max int
 	// Shed is how many were given up by listeners, before they were counted as an Event.
 	Shed uint64
+	// Unsent is how many were resolved, but their answers were given up because too many others waited to be sent.
+	Unsent uint64
 }
 
 // Metrics holds all metrics of one gateway. All methods may be called at once from many goroutines.
@@ -200,6 +202,7 @@ var (
 	connections    = desc("dnsgateway_connections", "Open client connections.", "listener", "transport")
 	inflightNow    = desc("dnsgateway_inflight_misses", "Cache misses being resolved.")
 	inflightMax    = desc("dnsgateway_inflight_misses_max", "Cache misses that may be resolved at once.")
+	unsent         = desc("dnsgateway_unsent_answers_total", "Answers over UDP that were given up because too many others waited to be sent.")
 )
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -212,7 +215,7 @@ type stateCollector struct{ m *Metrics }
 // Describe implements prometheus.Collector.
 func (c stateCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{cacheEntries, cacheBytes, cacheMaxBytes, cacheHits, cacheMisses, cacheEvictions,
-		connections, inflightNow, inflightMax} {
+		connections, inflightNow, inflightMax, unsent} {
 		ch <- d
 	}
 }
@@ -238,6 +241,7 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 		s := (*f)()
 		gauge(inflightNow, float64(s.Now))
 		gauge(inflightMax, float64(s.Max))
+		counter(unsent, s.Unsent)
 	}
 	if f := c.m.listeners.Load(); f != nil {
 		open := make(map[[2]string]int)
