@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,9 +12,13 @@ import (
 
 // SaveFile saves to the file with that path, as [Cache.Save] does. The file is replaced at once or not at all, whenever the
 // program or the machine stops: what is written to is another one beside it, with ".tmp" at the end of its name, which a
-// later SaveFile removes if it was left behind. Only its owner may read the file: it tells what was asked for. Two calls
-// for the same path must not run at the same time.
+// later SaveFile removes if it was left behind. Where path is a symbolic link, the file is the one that it leads to, be that
+// there already or not, and the link stays. Only its owner may read the file: it tells what was asked for. Two calls for the
+// same file must not run at the same time.
 func (c *Cache) SaveFile(path string, now int64) (entries int, err error) {
+	if path, err = follow(path); err != nil {
+		return 0, fmt.Errorf("saving the cache: %w", err)
+	}
 	temp := path + ".tmp"
 	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return 0, fmt.Errorf("saving the cache: %w", err)
@@ -37,18 +42,44 @@ func (c *Cache) SaveFile(path string, now int64) (entries int, err error) {
 		_ = os.Remove(temp)
 		return 0, fmt.Errorf("saving the cache: %w", err)
 	}
-	if err := syncDir(filepath.Dir(path)); err != nil {
+	dir, _ := filepath.Split(path) // not filepath.Dir, for the reason that follow has
+	if err := syncDir(dir); err != nil {
 		return entries, fmt.Errorf("saving the cache to %s: %w", path, err)
 	}
 	return entries, nil
 }
 
-// syncDir makes a rename in dir last. Windows has no such thing.
+// maxLinks is how many symbolic links Linux follows for one path, path_resolution(7).
+const maxLinks = 40
+
+// follow returns the file that path leads to, which need not be there, by way of symbolic links. A rename would replace the
+// first of them.
+func follow(path string) (string, error) {
+	// What must not be followed the system knows: a loop, or what somebody else has put into a folder that all may write to.
+	if _, err := os.Stat(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	for range maxLinks {
+		link, err := os.Readlink(path)
+		if err != nil {
+			return path, nil // the end. If it is no file, opening one beside it or the rename says so.
+		}
+		if !filepath.IsAbs(link) {
+			// Joined as they are: what lies above a folder that is itself a link, the system knows, and no text does.
+			dir, _ := filepath.Split(path)
+			link = dir + link
+		}
+		path = link
+	}
+	return "", fmt.Errorf("%s: more than %d symbolic links", path, maxLinks)
+}
+
+// syncDir makes a rename in dir last, "" being the working directory. Windows has no such thing.
 func syncDir(dir string) error {
 	if runtime.GOOS == "windows" {
 		return nil
 	}
-	d, err := os.Open(dir)
+	d, err := os.Open(cmp.Or(dir, "."))
 	if err != nil {
 		return err
 	}

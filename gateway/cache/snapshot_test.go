@@ -379,6 +379,60 @@ func TestFile(t *testing.T) {
 	}
 }
 
+// TestFileLinks saves to symbolic links: what they lead to is the file, before and after it is there, and they stay.
+func TestFileLinks(t *testing.T) {
+	c := newCache(t, Config{})
+	put(c, keyOf("a.example", 1, 0, 0), address(t, 300), start)
+	dir := t.TempDir()
+	t.Chdir(dir)
+	for _, d := range []string{"data/deep", "etc"} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, l := range []struct{ name, to string }{
+		{"etc/absolute", filepath.Join(dir, "data", "1.bin")},
+		{"etc/relative", "../data/2.bin"},
+		{"etc/chain", "relative2"}, {"etc/relative2", "../data/3.bin"},
+		{"here", "data/4.bin"},
+		{"deep", "data/deep"}, {"etc/up", "../deep/../5.bin"}, // above the folder that is meant, data/deep
+		{"loop", "loop2"}, {"loop2", "loop"}, {"etc/nowhere", "../none/6.bin"},
+	} {
+		if err := os.Symlink(l.to, l.name); err != nil {
+			t.Skip(err) // Windows has a privilege for it
+		}
+	}
+	for _, tt := range []struct{ path, file string }{
+		{"etc/absolute", "data/1.bin"}, {"etc/relative", "data/2.bin"}, {filepath.Join(dir, "etc/chain"), "data/3.bin"},
+		{"here", "data/4.bin"}, {"etc/up", "data/5.bin"}, {"deep/file", "data/deep/file"},
+	} {
+		for range 2 { // the first finds a link to nothing
+			if n, err := c.SaveFile(tt.path, start); n != 1 || err != nil {
+				t.Errorf("%s: saved %d, %v", tt.path, n, err)
+			}
+			if info, err := os.Lstat(tt.file); err != nil || !info.Mode().IsRegular() {
+				t.Errorf("%s: %s is %v, %v, want a file", tt.path, tt.file, info, err)
+			}
+		}
+		if n, err := newCache(t, Config{}).LoadFile(tt.path, start); n != 1 || err != nil {
+			t.Errorf("%s: loaded %d, %v", tt.path, n, err)
+		}
+	}
+	for _, link := range []string{"etc/absolute", "etc/relative", "etc/chain", "etc/relative2", "here", "etc/up"} {
+		if info, err := os.Lstat(link); err != nil || info.Mode().Type() != fs.ModeSymlink {
+			t.Errorf("%s is %v, %v, want the link that it was", link, info, err)
+		}
+	}
+	for path, want := range map[string]string{"loop": "saving the cache: stat loop: ", "etc/nowhere": "saving the cache: open etc/../none/6.bin.tmp: "} {
+		if n, err := c.SaveFile(path, start); n != 0 || err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%s: saved %d, %v, want %s...", path, n, err, want)
+		}
+	}
+	if left, err := filepath.Glob("*/*.tmp"); err != nil || left != nil {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
 // TestSaveFails writes to a disk that is full after so many octets.
 func TestSaveFails(t *testing.T) {
 	c := newCache(t, Config{MaxBytes: 8 << 20})

@@ -1,6 +1,8 @@
 package config
 
 import (
+	"errors"
+	"io/fs"
 	"slices"
 	"strings"
 	"time"
@@ -195,8 +197,8 @@ func readSave(v value, c *Cache) {
 	}
 }
 
-// readSaveFile reads the name of the file that the cache is kept in. It is replaced by a new one each time, so that what
-// has to be writable is its folder.
+// readSaveFile reads the name of the file that the cache is kept in, or of a symbolic link to it. The file is replaced by a
+// new one each time, so that what has to be writable is its folder.
 func readSaveFile(v value, s *Save) {
 	name, ok := v.text("a file such as /var/lib/dnsgateway/cache.bin, or off")
 	if !ok {
@@ -215,8 +217,12 @@ func readSaveFile(v value, s *Save) {
 	if !ok {
 		return
 	}
-	if info, err := v.l.disk.stat(path); err == nil && !info.Mode().IsRegular() {
+	switch info, err := v.l.disk.stat(path); {
+	case err == nil && !info.Mode().IsRegular():
 		v.errorf("%s is not a regular file", path)
+		return
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		v.errorf("%s: %s", path, reason(err))
 		return
 	}
 	if err := v.l.disk.writable(path); err != nil {

@@ -257,6 +257,32 @@ func TestSaveFolder(t *testing.T) {
 	}
 }
 
+// TestSaveLinks has links in the place of the cache's file: what counts is what they lead to, be it there or not.
+func TestSaveLinks(t *testing.T) {
+	t.Chdir(t.TempDir())
+	if err := os.MkdirAll("data/deep", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, to := range map[string]string{
+		"good": "data/cache.bin", "nowhere": "none/cache.bin", "loop": "loop", "folder": "data",
+		"log": "data/log2", "data/log2": "gateway.log", "deep": "data/deep", "data/up": "../deep/../gateway.log",
+	} {
+		if err := os.Symlink(to, name); err != nil {
+			t.Skip(err)
+		}
+	}
+	for _, tt := range []struct{ file, want string }{
+		{"good", ""}, {"nowhere", "none: no such file or directory"}, {"loop", "cache.save: loop: too many levels of symbolic links"},
+		{"folder", "folder is a directory"}, {"log", "cache.save: log is the log"}, {"data/up", "cache.save: data/up is the log"},
+		{"deep/../gateway.log", ""}, {"deep/log", ""},
+	} {
+		_, err := Load("-", testOptions("cache: {save: "+tt.file+"}\nlog: {output: file:data/gateway.log}\n"))
+		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%s: got %v, want %q", tt.file, err, tt.want)
+		}
+	}
+}
+
 // TestSpecialFiles proves that nothing but the main file may be a device: opening a pipe could wait for ever.
 func TestSpecialFiles(t *testing.T) {
 	if _, err := os.Stat("/dev/null"); err != nil {
