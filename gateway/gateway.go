@@ -99,6 +99,7 @@ func New(cfg *config.Config, o Options) (*Gateway, error) {
 		g.metrics.WatchCache(g.cacheStats)
 		if cfg.Cache.Save.File != "" {
 			g.snapshot = newSnapshot(g.cache, cfg.Cache.Save.File, cfg.Cache.Save.Every, g.log)
+			g.metrics.WatchSnapshot(g.snapshot.Stats)
 		}
 	}
 	p, err := g.buildPolicy(cfg)

@@ -5,8 +5,11 @@ import (
 	"errors"
 	"io/fs"
 	"log/slog"
+	"sync"
 	"time"
 
+	"dnsgateway/gateway/cache"
+	"dnsgateway/gateway/observe"
 	"dnsgateway/gateway/wire"
 )
 
@@ -17,7 +20,7 @@ const saveGrace = 5 * time.Second
 // store is what a snapshot needs of a cache.
 type store interface {
 	LoadFile(path string, now int64) (entries int, err error)
-	SaveFile(path string, now int64) (entries int, err error)
+	SaveFile(path string, now int64) (cache.Saved, error)
 	FlushName(name []byte, below bool) (entries int)
 }
 
@@ -31,6 +34,9 @@ type snapshot struct {
 	loaded  chan struct{} // closed when the file has been read
 	flushed chan struct{} // has room for one: the file holds what was flushed
 	failing bool          // the last save went wrong
+
+	mu    sync.Mutex
+	stats observe.SnapshotStats
 }
 
 func newSnapshot(cache store, file string, every time.Duration, log *slog.Logger) *snapshot {
@@ -75,7 +81,8 @@ func (s *snapshot) load() {
 // save writes the file anew, and says so at level. What goes wrong is said once, until it goes well again.
 func (s *snapshot) save(level slog.Level) {
 	begin := time.Now()
-	n, err := s.cache.SaveFile(s.file, begin.UnixNano())
+	saved, err := s.cache.SaveFile(s.file, begin.UnixNano())
+	took := time.Since(begin)
 	switch {
 	case err != nil && !s.failing:
 		s.log.Warn("the cache cannot be saved", "err", err)
@@ -83,9 +90,25 @@ func (s *snapshot) save(level slog.Level) {
 		level = slog.LevelInfo
 		fallthrough
 	case err == nil:
-		s.log.Log(context.Background(), level, "the cache is saved", "entries", n, "took", time.Since(begin).Round(time.Millisecond).String())
+		s.log.Log(context.Background(), level, "the cache is saved", "entries", saved.Entries, "took", took.Round(time.Millisecond).String())
 	}
 	s.failing = err != nil
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil {
+		s.stats.Failures++
+		return
+	}
+	s.stats = observe.SnapshotStats{
+		Saved: begin.Add(took), Took: took, Entries: saved.Entries, Bytes: saved.Bytes, Failures: s.stats.Failures,
+	}
+}
+
+// Stats returns what became of the saves so far.
+func (s *snapshot) Stats() observe.SnapshotStats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.stats
 }
 
 // flush forgets answers as cache.FlushName does, in the file as well: nothing comes back with the next start. It waits for

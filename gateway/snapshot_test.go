@@ -19,6 +19,9 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/miekg/dns"
+
+	"dnsgateway/gateway/cache"
+	"dnsgateway/gateway/observe"
 )
 
 // fakeStore is a cache whose file is slow, or does not go well.
@@ -49,11 +52,11 @@ func (f *fakeStore) LoadFile(path string, now int64) (int, error) {
 	return 5, f.load
 }
 
-func (f *fakeStore) SaveFile(path string, now int64) (int, error) {
+func (f *fakeStore) SaveFile(path string, now int64) (cache.Saved, error) {
 	time.Sleep(f.call("save "+path, now))
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return 7, f.save
+	return cache.Saved{Entries: 7, Bytes: 700}, f.save
 }
 
 func (f *fakeStore) FlushName(name []byte, below bool) int {
@@ -224,6 +227,31 @@ func TestSnapshotWarnsOnce(t *testing.T) {
 	})
 }
 
+// TestSnapshotStats has a save that goes well, then a disk that is full for two.
+func TestSnapshotStats(t *testing.T) {
+	store := &fakeStore{takes: 2 * time.Second}
+	inBubble(t, store, func(t *testing.T, g *Gateway, _ *lines) {
+		end := g.keep(t.Context())
+		at := func(after time.Duration, want observe.SnapshotStats) {
+			t.Helper()
+			time.Sleep(after - time.Since(store.begin))
+			if got := g.snapshot.Stats(); got != want {
+				t.Errorf("after %v: got %+v, want %+v", after, got, want)
+			}
+		}
+		at(63*time.Second, observe.SnapshotStats{}) // being saved for the first time
+		want := observe.SnapshotStats{Saved: store.begin.Add(64 * time.Second), Took: 2 * time.Second, Entries: 7, Bytes: 700}
+		at(65*time.Second, want)
+		store.fail(errors.New("no space"))
+		want.Failures = 2
+		at(190*time.Second, want)
+		store.fail(nil)
+		end()
+		want.Saved = time.Now()
+		at(200*time.Second, want)
+	})
+}
+
 func TestSnapshotDamaged(t *testing.T) {
 	store := &fakeStore{load: errors.New("checksum")}
 	inBubble(t, store, func(t *testing.T, g *Gateway, log *lines) {
@@ -285,7 +313,22 @@ func TestSnapshot(t *testing.T) {
 		}
 		return log.String()
 	}
+	metrics := func(g *Gateway) bool {
+		resp, err := http.Get("http://" + g.AdminAddr().String() + "/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		var body bytes.Buffer
+		if _, err := body.ReadFrom(resp.Body); err != nil {
+			t.Fatal(err)
+		}
+		return strings.Contains(body.String(), "\ndnsgateway_snapshot_failures_total 0\n")
+	}
 	run(func(g *Gateway) {
+		if !metrics(g) {
+			t.Error("no metrics of the snapshot")
+		}
 		for _, name := range []string{"a.load.lab.test.", "b.load.lab.test.", "b.lab.test."} {
 			if resp := ask(g, name); len(resp.Answer) == 0 {
 				t.Fatalf("got no answer for %s:\n%v", name, resp)
@@ -330,6 +373,9 @@ func TestSnapshot(t *testing.T) {
 			t.Errorf("got no answer:\n%v", resp)
 		}
 	})
+	if metrics(runGateway(t, load(t, l, everything(l)))) {
+		t.Error("metrics of a snapshot that there is not")
+	}
 	if strings.Count(log, "level=WARN") != 1 || !strings.Contains(log, "the saved cache is ignored") {
 		t.Errorf("got log %q, want one warning", log)
 	}

@@ -4,49 +4,66 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
 )
 
+// Saved is what [Cache.SaveFile] has written.
+type Saved struct {
+	Entries int
+	Bytes   int64
+}
+
 // SaveFile saves to the file with that path, as [Cache.Save] does. The file is replaced at once or not at all, whenever the
 // program or the machine stops: what is written to is another one beside it, with ".tmp" at the end of its name, which a
 // later SaveFile removes if it was left behind. Where path is a symbolic link, the file is the one that it leads to, be that
 // there already or not, and the link stays. Only its owner may read the file: it tells what was asked for. Two calls for the
 // same file must not run at the same time.
-func (c *Cache) SaveFile(path string, now int64) (entries int, err error) {
-	if path, err = follow(path); err != nil {
-		return 0, fmt.Errorf("saving the cache: %w", err)
+func (c *Cache) SaveFile(path string, now int64) (Saved, error) {
+	path, err := follow(path)
+	if err != nil {
+		return Saved{}, fmt.Errorf("saving the cache: %w", err)
 	}
 	temp := path + ".tmp"
 	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return 0, fmt.Errorf("saving the cache: %w", err)
+		return Saved{}, fmt.Errorf("saving the cache: %w", err)
 	}
-	// O_EXCL: whatever somebody puts there now is not followed.
-	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return 0, fmt.Errorf("saving the cache: %w", err)
-	}
-	entries, err = c.Save(f, now)
-	if err == nil {
-		err = f.Sync()
-	}
-	if e := f.Close(); err == nil {
-		err = e
-	}
+	saved, err := c.saveNew(temp, now)
 	if err == nil {
 		err = os.Rename(temp, path)
 	}
 	if err != nil {
 		_ = os.Remove(temp)
-		return 0, fmt.Errorf("saving the cache: %w", err)
+		return Saved{}, fmt.Errorf("saving the cache: %w", err)
 	}
 	dir, _ := filepath.Split(path) // not filepath.Dir, for the reason that follow has
 	if err := syncDir(dir); err != nil {
-		return entries, fmt.Errorf("saving the cache to %s: %w", path, err)
+		return saved, fmt.Errorf("saving the cache to %s: %w", path, err)
 	}
-	return entries, nil
+	return saved, nil
+}
+
+// saveNew saves to a file that is not there yet, and returns when the disk has it.
+func (c *Cache) saveNew(path string, now int64) (saved Saved, err error) {
+	// O_EXCL: whatever somebody puts there now is not followed.
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return Saved{}, err
+	}
+	saved.Entries, err = c.Save(f, now)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err == nil {
+		saved.Bytes, err = f.Seek(0, io.SeekCurrent)
+	}
+	if e := f.Close(); err == nil {
+		err = e
+	}
+	return saved, err
 }
 
 // maxLinks is how many symbolic links Linux follows for one path, path_resolution(7).

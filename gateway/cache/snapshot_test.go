@@ -337,8 +337,9 @@ func TestFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 2 {
-		if n, err := c.SaveFile(path, start); n != 1 || err != nil {
-			t.Fatalf("saved %d, %v", n, err)
+		saved, err := c.SaveFile(path, start)
+		if want := (Saved{1, int64(len(save(t, c, start)))}); saved != want || err != nil {
+			t.Fatalf("saved %v, %v, want %v", saved, err, want)
 		}
 	}
 	entries, err := os.ReadDir(dir)
@@ -407,8 +408,8 @@ func TestFileLinks(t *testing.T) {
 		{"here", "data/4.bin"}, {"etc/up", "data/5.bin"}, {"deep/file", "data/deep/file"},
 	} {
 		for range 2 { // the first finds a link to nothing
-			if n, err := c.SaveFile(tt.path, start); n != 1 || err != nil {
-				t.Errorf("%s: saved %d, %v", tt.path, n, err)
+			if saved, err := c.SaveFile(tt.path, start); saved.Entries != 1 || err != nil {
+				t.Errorf("%s: saved %v, %v", tt.path, saved, err)
 			}
 			if info, err := os.Lstat(tt.file); err != nil || !info.Mode().IsRegular() {
 				t.Errorf("%s: %s is %v, %v, want a file", tt.path, tt.file, info, err)
@@ -424,8 +425,8 @@ func TestFileLinks(t *testing.T) {
 		}
 	}
 	for path, want := range map[string]string{"loop": "saving the cache: stat loop: ", "etc/nowhere": "saving the cache: open etc/../none/6.bin.tmp: "} {
-		if n, err := c.SaveFile(path, start); n != 0 || err == nil || !strings.HasPrefix(err.Error(), want) {
-			t.Errorf("%s: saved %d, %v, want %s...", path, n, err, want)
+		if saved, err := c.SaveFile(path, start); saved != (Saved{}) || err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%s: saved %v, %v, want %s...", path, saved, err, want)
 		}
 	}
 	if left, err := filepath.Glob("*/*.tmp"); err != nil || left != nil {
