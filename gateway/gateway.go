@@ -187,7 +187,7 @@ func (g *Gateway) Run(ctx context.Context) error {
 	defer cancel()
 	drained := g.shutdownListeners(limit)
 	err := serve.Wait()
-	stopBackground()
+	stopBackground() // a load of the snapshot too, before the admin endpoint would wait for a flush that waits for it
 	err = errors.Join(err, groups.Wait(), p.close())
 	g.shutdownAdmin()
 	<-adminDone

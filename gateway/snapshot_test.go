@@ -20,6 +20,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/miekg/dns"
 
+	"dnsgateway/gateway/admin"
 	"dnsgateway/gateway/cache"
 	"dnsgateway/gateway/observe"
 )
@@ -32,6 +33,7 @@ type fakeStore struct {
 	load  error
 	save  error
 	takes time.Duration // each call
+	stuck bool          // the file is on a disk that does not answer: no context ends a load
 	calls []string
 }
 
@@ -47,9 +49,18 @@ func (f *fakeStore) call(what string, now int64) time.Duration {
 	return f.takes
 }
 
-func (f *fakeStore) LoadFile(path string, now int64) (int, error) {
-	time.Sleep(f.call("load "+path, now))
-	return 5, f.load
+func (f *fakeStore) LoadFile(ctx context.Context, path string, now int64) (int, error) {
+	takes := time.After(f.call("load "+path, now))
+	if f.stuck {
+		<-takes
+		return 5, f.load
+	}
+	select {
+	case <-takes:
+		return 5, f.load
+	case <-ctx.Done():
+		return 2, fmt.Errorf("loading: %w", ctx.Err())
+	}
 }
 
 func (f *fakeStore) SaveFile(path string, now int64) (cache.Saved, error) {
@@ -118,18 +129,18 @@ func TestSnapshotTimes(t *testing.T) {
 	store := &fakeStore{takes: 2 * time.Second}
 	inBubble(t, store, func(t *testing.T, g *Gateway, log *lines) {
 		end := g.keep(t.Context())
-		if store.seen() != nil {
-			t.Errorf("the start waits for %q", store.seen())
+		if took := time.Since(store.begin); took != 0 {
+			t.Errorf("the start waits %v", took)
 		}
 		time.Sleep(time.Second)
-		if n, err := g.flush("A.example", false); n != 3 || err != nil { // waits for the load
+		if n, err := g.flush(t.Context(), "A.example", false); n != 3 || err != nil { // waits for the load
 			t.Errorf("flush: got %d, %v", n, err)
 		}
 		time.Sleep(90 * time.Second)
-		if n, err := g.flush("", false); n != 3 || err != nil {
+		if n, err := g.flush(t.Context(), "", false); n != 3 || err != nil {
 			t.Errorf("flush: got %d, %v", n, err)
 		}
-		if _, err := g.flush("a..b", true); err == nil {
+		if _, err := g.flush(t.Context(), "a..b", true); err == nil {
 			t.Error("a bad name is flushed")
 		}
 		time.Sleep(10 * time.Second)
@@ -153,13 +164,47 @@ func TestSnapshotTimes(t *testing.T) {
 	})
 }
 
-// TestSnapshotStopWhileLoading ends before the file is read: it is not replaced by a part of itself.
+// TestSnapshotStopWhileLoading ends while the file is read: nobody waits for that, least of all who wants something flushed,
+// and the file is not replaced by a part of itself.
 func TestSnapshotStopWhileLoading(t *testing.T) {
-	store := &fakeStore{takes: time.Second}
-	inBubble(t, store, func(t *testing.T, g *Gateway, _ *lines) {
-		g.keep(t.Context())()
-		if d := cmp.Diff([]string{"0s load c.bin", "1s save c.bin"}, store.seen()); d != "" {
+	store := &fakeStore{takes: time.Minute}
+	inBubble(t, store, func(t *testing.T, g *Gateway, log *lines) {
+		background, stop := context.WithCancel(t.Context())
+		end := g.keep(background)
+		flushed := make(chan error, 2)
+		flush := func(ctx context.Context) {
+			_, err := g.flush(ctx, "a.example", false)
+			flushed <- err
+		}
+		client, leave := context.WithTimeout(t.Context(), 2*time.Second)
+		defer leave()
+		go flush(client)
+		go flush(t.Context())
+		time.Sleep(3 * time.Second)
+		if len(flushed) != 1 {
+			t.Errorf("%d flushes have ended, want that of the client who left", len(flushed))
+		}
+		stop()
+		synctest.Wait()
+		if len(flushed) != 2 {
+			t.Error("a flush holds up the stop")
+		}
+		go flush(t.Context()) // the admin endpoint is still there
+		end()
+		if took := time.Since(store.begin); took != 3*time.Second {
+			t.Errorf("the stop took %v", took-3*time.Second)
+		}
+		for range 3 {
+			if err := <-flushed; !errors.Is(err, admin.ErrStopping) {
+				t.Errorf("flush: got %v, want %v", err, admin.ErrStopping)
+			}
+		}
+		if d := cmp.Diff([]string{"0s load c.bin"}, store.seen()); d != "" {
 			t.Errorf("calls (-want +got):\n%s", d)
+		}
+		want := "level=INFO msg=\"the saved cache was not loaded to its end; it stays as it is\" file=c.bin\n"
+		if log.String() != want {
+			t.Errorf("got log %q, want %q", log, want)
 		}
 	})
 }
@@ -173,7 +218,7 @@ func TestSnapshotFlushWhileStopping(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		stop()
 		time.Sleep(5 * time.Second)
-		if n, err := g.flush("a.example", false); n != 3 || err != nil {
+		if n, err := g.flush(t.Context(), "a.example", false); n != 3 || err != nil {
 			t.Errorf("flush: got %d, %v", n, err)
 		}
 		end()
@@ -187,7 +232,7 @@ func TestSnapshotFlushWhileStopping(t *testing.T) {
 
 // TestSnapshotSlowDisk has a disk that does not come back: the stop does.
 func TestSnapshotSlowDisk(t *testing.T) {
-	store := &fakeStore{takes: time.Hour}
+	store := &fakeStore{takes: time.Hour, stuck: true}
 	inBubble(t, store, func(t *testing.T, g *Gateway, log *lines) {
 		end := g.keep(t.Context())
 		end()
@@ -255,7 +300,9 @@ func TestSnapshotStats(t *testing.T) {
 func TestSnapshotDamaged(t *testing.T) {
 	store := &fakeStore{load: errors.New("checksum")}
 	inBubble(t, store, func(t *testing.T, g *Gateway, log *lines) {
-		g.keep(t.Context())()
+		end := g.keep(t.Context())
+		synctest.Wait()
+		end()
 		if want := `level=WARN msg="the saved cache is ignored; the next save replaces it" file=c.bin err=checksum`; !strings.HasPrefix(log.String(), want) {
 			t.Errorf("got log %q, want %q", log, want)
 		}

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -106,13 +107,13 @@ func syncDir(dir string) error {
 
 // LoadFile loads the file with that path, as [Cache.Load] does. The error says what is wrong with which file; it is an
 // [fs.ErrNotExist] where there is none.
-func (c *Cache) LoadFile(path string, now int64) (entries int, err error) {
+func (c *Cache) LoadFile(ctx context.Context, path string, now int64) (entries int, err error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return 0, fmt.Errorf("loading the cache: %w", err)
 	}
 	defer f.Close()
-	if entries, err = c.Load(f, now); err != nil {
+	if entries, err = c.Load(ctx, f, now); err != nil {
 		return entries, fmt.Errorf("loading the cache from %s: %w", path, err)
 	}
 	return entries, nil

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"bufio"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -151,19 +152,20 @@ func checksum(header, payload []byte) uint32 {
 //
 // Load reads r twice from where it stands: only when the whole snapshot is sound it takes anything. So a damaged one, which
 // is an error, changes nothing, unless it was sound at first and is damaged by the second reading: even then nothing of a
-// damaged block is taken.
-func (c *Cache) Load(r io.ReadSeeker, now int64) (entries int, err error) {
+// damaged block is taken. When ctx ends, Load returns after the block that it is in, with the error of ctx: then the cache
+// may have a part of the snapshot.
+func (c *Cache) Load(ctx context.Context, r io.ReadSeeker, now int64) (entries int, err error) {
 	start, err := r.Seek(0, io.SeekCurrent)
 	if err != nil {
 		return 0, err
 	}
-	if err := readSnapshot(r, func(savedEntry) {}); err != nil {
+	if err := readSnapshot(ctx, r, func(savedEntry) {}); err != nil {
 		return 0, err
 	}
 	if _, err := r.Seek(start, io.SeekStart); err != nil {
 		return 0, err
 	}
-	err = readSnapshot(r, func(e savedEntry) {
+	err = readSnapshot(ctx, r, func(e savedEntry) {
 		if c.restore(e, now) {
 			entries++
 		}
@@ -216,8 +218,8 @@ var (
 )
 
 // readSnapshot reads a snapshot from end to end and hands its entries to take, block by block, after the block's checksum
-// and structure were found sound. It needs the memory for one block.
-func readSnapshot(r io.Reader, take func(savedEntry)) error {
+// and structure were found sound, until ctx ends. It needs the memory for one block.
+func readSnapshot(ctx context.Context, r io.Reader, take func(savedEntry)) error {
 	in := bufio.NewReaderSize(r, 4<<10) // for the headers; payloads are read past it
 	offset := int64(0)
 	var buf []byte
@@ -242,6 +244,9 @@ func readSnapshot(r io.Reader, take func(savedEntry)) error {
 	}
 	var total uint64
 	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 		at := offset
 		damaged := func(err error) error { return fmt.Errorf("the block at octet %d: %w", at, err) }
 		b, err := read(blockHeaderLen)

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -48,7 +49,7 @@ func save(t testing.TB, c *Cache, now int64) []byte {
 
 func load(t testing.TB, c *Cache, snapshot []byte, now int64) int {
 	t.Helper()
-	n, err := c.Load(bytes.NewReader(snapshot), now)
+	n, err := c.Load(t.Context(), bytes.NewReader(snapshot), now)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -173,7 +174,7 @@ func TestDamage(t *testing.T) {
 	refused := func(what string, snapshot []byte) {
 		t.Helper()
 		empty := newCache(t, Config{MaxBytes: MinBytes})
-		n, err := empty.Load(bytes.NewReader(snapshot), start)
+		n, err := empty.Load(t.Context(), bytes.NewReader(snapshot), start)
 		if err == nil || n != 0 || empty.Stats().Entries != 0 {
 			t.Errorf("%s: %d entries, %v", what, n, err)
 		}
@@ -182,10 +183,10 @@ func TestDamage(t *testing.T) {
 	for i := range sound {
 		damaged := bytes.Clone(sound)
 		damaged[i] ^= 1 << (i % 8)
-		if n, err := empty.Load(bytes.NewReader(damaged), start); err == nil || n != 0 || empty.Stats().Entries != 0 {
+		if n, err := empty.Load(t.Context(), bytes.NewReader(damaged), start); err == nil || n != 0 || empty.Stats().Entries != 0 {
 			t.Fatalf("a bit of octet %d: %d entries, %v", i, n, err)
 		}
-		if n, err := empty.Load(bytes.NewReader(sound[:i]), start); err == nil || n != 0 || empty.Stats().Entries != 0 {
+		if n, err := empty.Load(t.Context(), bytes.NewReader(sound[:i]), start); err == nil || n != 0 || empty.Stats().Entries != 0 {
 			t.Fatalf("cut at %d: %d entries, %v", i, n, err)
 		}
 	}
@@ -207,15 +208,15 @@ func TestDamage(t *testing.T) {
 	}
 	refused("a wrong number of entries", snapshotOf(block(1, savedBytes(0, 0, "key", nil)), final(2)))
 	refused("a huge block", snapshotOf(make([]byte, 4), []byte{0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0}))
-	if n, err := empty.Load(bytes.NewReader(snapshotOf(final(0))), start); n != 0 || err != nil {
+	if n, err := empty.Load(t.Context(), bytes.NewReader(snapshotOf(final(0))), start); n != 0 || err != nil {
 		t.Errorf("the snapshot of nothing: %d, %v", n, err)
 	}
 
-	_, err := empty.Load(bytes.NewReader(bytes.Replace(sound, []byte{snapshotVersion, 0, 0, 0}, []byte{9, 0, 0, 0}, 1)), start)
+	_, err := empty.Load(t.Context(), bytes.NewReader(bytes.Replace(sound, []byte{snapshotVersion, 0, 0, 0}, []byte{9, 0, 0, 0}, 1)), start)
 	if err == nil || err.Error() != "its version is 9, want 1" {
 		t.Errorf("another version: %v", err)
 	}
-	_, err = empty.Load(bytes.NewReader(sound[:len(sound)-1]), start)
+	_, err = empty.Load(t.Context(), bytes.NewReader(sound[:len(sound)-1]), start)
 	if want := fmt.Sprintf("the block at octet %d: unexpected EOF", len(sound)-20); err == nil || err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
 	}
@@ -228,24 +229,70 @@ func TestDamagedMeanwhile(t *testing.T) {
 		put(c, keyOf(fmt.Sprint("host", i), 1, 0, 0), address(t, 3600), start)
 	}
 	sound := save(t, c, start)
-	r := &changing{Reader: bytes.NewReader(sound), change: func() { sound[len(sound)/2] ^= 1 }}
+	r := &changing{Reader: bytes.NewReader(sound), again: func() { sound[len(sound)/2] ^= 1 }}
 	empty := newCache(t, Config{MaxBytes: 8 << 20})
-	n, err := empty.Load(r, start)
+	n, err := empty.Load(t.Context(), r, start)
 	if !errors.Is(err, errChecksum) || n == 0 || n > 2500 || empty.Stats().Entries != int64(n) {
 		t.Errorf("%d entries, %v", n, err)
 	}
 }
 
+// TestLoadEnds ends a load before it begins, while it looks whether the snapshot is sound, and while it takes it in.
+func TestLoadEnds(t *testing.T) {
+	c := newCache(t, Config{MaxBytes: 8 << 20})
+	for i := range 5000 { // several blocks
+		put(c, keyOf(fmt.Sprint("host", i), 1, 0, 0), address(t, 3600), start)
+	}
+	sound := save(t, c, start)
+	for _, tt := range []struct {
+		name   string
+		second bool
+		reads  int // of the reading, before the end
+		some   bool
+	}{{"before", false, 0, false}, {"first reading", false, 3, false}, {"between", true, 0, false}, {"second reading", true, 3, true}} {
+		ctx, cancel := context.WithCancel(t.Context())
+		second := false
+		end := func() {
+			if second == tt.second && tt.reads <= 0 {
+				cancel()
+			}
+		}
+		r := &changing{Reader: bytes.NewReader(sound)}
+		r.again = func() { second = true; end() }
+		r.read = func() {
+			if second == tt.second {
+				tt.reads--
+			}
+			end()
+		}
+		end()
+		empty := newCache(t, Config{MaxBytes: 8 << 20})
+		n, err := empty.Load(ctx, r, start)
+		if !errors.Is(err, context.Canceled) || (n > 0) != tt.some || n > 4000 || empty.Stats().Entries != int64(n) {
+			t.Errorf("%s: %d of %d entries, %v", tt.name, n, c.Stats().Entries, err)
+		}
+		cancel()
+	}
+}
+
+// changing is a snapshot that something happens to when it is read, or read again; read may be nil.
 type changing struct {
 	*bytes.Reader
-	change func()
+	again, read func()
 }
 
 func (c *changing) Seek(offset int64, whence int) (int64, error) {
 	if whence == io.SeekStart {
-		c.change()
+		c.again()
 	}
 	return c.Reader.Seek(offset, whence)
+}
+
+func (c *changing) Read(b []byte) (int, error) {
+	if c.read != nil {
+		c.read()
+	}
+	return c.Reader.Read(b)
 }
 
 func savedBytes(stored int64, flags byte, key string, answer []byte) []byte {
@@ -290,7 +337,7 @@ func FuzzLoad(f *testing.F) {
 		now := start + 100*second
 		for _, snapshot := range [][]byte{data, snapshotOf(block(count, data), final(uint64(count)))} {
 			c := newCache(t, config)
-			n, err := c.Load(bytes.NewReader(snapshot), now)
+			n, err := c.Load(t.Context(), bytes.NewReader(snapshot), now)
 			if s := c.Stats(); s.Entries != int64(n) || err != nil && n > 0 {
 				t.Fatalf("%d loaded, %d entries, %v", n, s.Entries, err)
 			}
@@ -329,7 +376,7 @@ func TestFile(t *testing.T) {
 	put(c, key, address(t, 300), start)
 	dir := t.TempDir()
 	path := filepath.Join(dir, "cache.bin")
-	if _, err := c.LoadFile(path, start); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := c.LoadFile(t.Context(), path, start); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no file: %v", err)
 	}
 	// What a kill left behind is in nobody's way.
@@ -350,7 +397,7 @@ func TestFile(t *testing.T) {
 		t.Errorf("got %v, %v", info.Mode(), err)
 	}
 	restored := newCache(t, Config{})
-	if n, err := restored.LoadFile(path, start+10*second); n != 1 || err != nil {
+	if n, err := restored.LoadFile(t.Context(), path, start+10*second); n != 1 || err != nil {
 		t.Fatalf("loaded %d, %v", n, err)
 	}
 	if _, age, ok := get(restored, key, start+10*second); !ok || age != 10 {
@@ -360,7 +407,7 @@ func TestFile(t *testing.T) {
 	if err := os.WriteFile(path, []byte("garbage"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	_, err = c.LoadFile(path, start)
+	_, err = c.LoadFile(t.Context(), path, start)
 	if want := "loading the cache from " + path + ": it is not a cache snapshot"; err == nil || err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
 	}
@@ -415,7 +462,7 @@ func TestFileLinks(t *testing.T) {
 				t.Errorf("%s: %s is %v, %v, want a file", tt.path, tt.file, info, err)
 			}
 		}
-		if n, err := newCache(t, Config{}).LoadFile(tt.path, start); n != 1 || err != nil {
+		if n, err := newCache(t, Config{}).LoadFile(t.Context(), tt.path, start); n != 1 || err != nil {
 			t.Errorf("%s: loaded %d, %v", tt.path, n, err)
 		}
 	}
