@@ -21,7 +21,7 @@ const saveGrace = 5 * time.Second
 // store is what a snapshot needs of a cache.
 type store interface {
 	LoadFile(ctx context.Context, path string, now int64) (entries int, err error)
-	SaveFile(path string, now int64) (cache.Saved, error)
+	SaveFile(path string, now int64, last cache.Saved) (cache.Saved, error)
 	FlushName(name []byte, below bool) (entries int)
 }
 
@@ -36,6 +36,7 @@ type snapshot struct {
 	partly  bool          // the file may hold more than the cache, as a stop has ended the load; written before loaded is closed
 	flushed chan struct{} // has room for one: the file holds what was flushed
 	failing bool          // the last save went wrong
+	last    cache.Saved   // zero if it did
 
 	mu    sync.Mutex
 	stats observe.SnapshotStats
@@ -89,10 +90,11 @@ func (s *snapshot) load(ctx context.Context) (done bool) {
 	return true
 }
 
-// save writes the file anew, and says so at level. What goes wrong is said once, until it goes well again.
+// save writes the file anew if the cache has changed, and says so at level. What goes wrong is said once, until it goes well
+// again.
 func (s *snapshot) save(level slog.Level) {
 	begin := time.Now()
-	saved, err := s.cache.SaveFile(s.file, begin.UnixNano())
+	saved, err := s.cache.SaveFile(s.file, begin.UnixNano(), s.last)
 	took := time.Since(begin)
 	switch {
 	case err != nil && !s.failing:
@@ -103,15 +105,16 @@ func (s *snapshot) save(level slog.Level) {
 	case err == nil:
 		s.log.Log(context.Background(), level, "the cache is saved", "entries", saved.Entries, "took", took.Round(time.Millisecond).String())
 	}
-	s.failing = err != nil
+	s.failing, s.last = err != nil, saved
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err != nil {
 		s.stats.Failures++
 		return
 	}
-	s.stats = observe.SnapshotStats{
-		Saved: begin.Add(took), Took: took, Entries: saved.Entries, Bytes: saved.Bytes, Failures: s.stats.Failures,
+	s.stats.Saved = begin.Add(took)
+	if saved.Written {
+		s.stats.Took, s.stats.Entries, s.stats.Bytes = took, saved.Entries, saved.Bytes
 	}
 }
 

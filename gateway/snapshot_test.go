@@ -32,6 +32,7 @@ type fakeStore struct {
 	mu    sync.Mutex
 	load  error
 	save  error
+	idle  bool          // nothing has changed since the last save
 	takes time.Duration // each call
 	stuck bool          // the file is on a disk that does not answer: no context ends a load
 	calls []string
@@ -63,11 +64,14 @@ func (f *fakeStore) LoadFile(ctx context.Context, path string, now int64) (int, 
 	}
 }
 
-func (f *fakeStore) SaveFile(path string, now int64) (cache.Saved, error) {
+func (f *fakeStore) SaveFile(path string, now int64, last cache.Saved) (cache.Saved, error) {
 	time.Sleep(f.call("save "+path, now))
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return cache.Saved{Entries: 7, Bytes: 700}, f.save
+	if f.save != nil {
+		return cache.Saved{}, f.save
+	}
+	return cache.Saved{Entries: 7, Bytes: last.Bytes + 100, Written: !f.idle}, nil // one that has seen others is longer
 }
 
 func (f *fakeStore) FlushName(name []byte, below bool) int {
@@ -75,11 +79,13 @@ func (f *fakeStore) FlushName(name []byte, below bool) int {
 	return 3
 }
 
-func (f *fakeStore) fail(err error) {
+func (f *fakeStore) set(change func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.save = err
+	change()
 }
+
+func (f *fakeStore) fail(err error) { f.set(func() { f.save = err }) }
 
 func (f *fakeStore) seen() []string {
 	f.mu.Lock()
@@ -272,7 +278,7 @@ func TestSnapshotWarnsOnce(t *testing.T) {
 	})
 }
 
-// TestSnapshotStats has a save that goes well, then a disk that is full for two.
+// TestSnapshotStats has two saves that go well, one with nothing to do, and a disk that is full for two.
 func TestSnapshotStats(t *testing.T) {
 	store := &fakeStore{takes: 2 * time.Second}
 	inBubble(t, store, func(t *testing.T, g *Gateway, _ *lines) {
@@ -285,15 +291,20 @@ func TestSnapshotStats(t *testing.T) {
 			}
 		}
 		at(63*time.Second, observe.SnapshotStats{}) // being saved for the first time
-		want := observe.SnapshotStats{Saved: store.begin.Add(64 * time.Second), Took: 2 * time.Second, Entries: 7, Bytes: 700}
+		want := observe.SnapshotStats{Saved: store.begin.Add(64 * time.Second), Took: 2 * time.Second, Entries: 7, Bytes: 100}
 		at(65*time.Second, want)
-		store.fail(errors.New("no space"))
+		want.Saved, want.Bytes = store.begin.Add(124*time.Second), 200
+		at(125*time.Second, want)
+		store.set(func() { store.idle, store.takes = true, time.Second })
+		want.Saved = store.begin.Add(183 * time.Second) // of the file that is there
+		at(185*time.Second, want)
+		store.set(func() { store.idle, store.save = false, errors.New("no space") })
 		want.Failures = 2
-		at(190*time.Second, want)
+		at(310*time.Second, want)
 		store.fail(nil)
 		end()
-		want.Saved = time.Now()
-		at(200*time.Second, want)
+		want.Saved, want.Took, want.Bytes = time.Now(), time.Second, 100
+		at(320*time.Second, want)
 	})
 }
 

@@ -5,34 +5,45 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
 )
 
-// Saved is what [Cache.SaveFile] has written.
+// Saved is what [Cache.SaveFile] has saved.
 type Saved struct {
 	Entries int
 	Bytes   int64
+	Written bool // false: the file had it already
+
+	sum  uint64      // of the collection
+	file fs.FileInfo // nil: no file
 }
 
-// SaveFile saves to the file with that path, as [Cache.Save] does. The file is replaced at once or not at all, whenever the
-// program or the machine stops: what is written to is another one beside it, with ".tmp" at the end of its name, which a
-// later SaveFile removes if it was left behind. Where path is a symbolic link, the file is the one that it leads to, be that
-// there already or not, and the link stays. Only its owner may read the file: it tells what was asked for. Two calls for the
-// same file must not run at the same time.
-func (c *Cache) SaveFile(path string, now int64) (Saved, error) {
+// SaveFile saves to the file with that path, as [Cache.Save] does. last is what the last SaveFile of this cache for that path
+// has returned, or zero: when the file is still that one, and what is in the cache has not changed but in age, nothing is
+// written, because the file says when answers were stored, and not how old they are.
+//
+// The file is replaced at once or not at all, whenever the program or the machine stops: what is written to is another one
+// beside it, with ".tmp" at the end of its name, which a later SaveFile removes if it was left behind. Where path is a
+// symbolic link, the file is the one that it leads to, be that there already or not, and the link stays. Only its owner may
+// read the file: it tells what was asked for. Two calls for the same file must not run at the same time.
+func (c *Cache) SaveFile(path string, now int64, last Saved) (Saved, error) {
 	path, err := follow(path)
 	if err != nil {
 		return Saved{}, fmt.Errorf("saving the cache: %w", err)
+	}
+	all := c.collect()
+	if all.sum == last.sum && last.isAt(path) {
+		last.Written = false
+		return last, nil
 	}
 	temp := path + ".tmp"
 	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return Saved{}, fmt.Errorf("saving the cache: %w", err)
 	}
-	saved, err := c.saveNew(temp, now)
+	saved, err := c.saveNew(temp, all, now)
 	if err == nil {
 		err = os.Rename(temp, path)
 	}
@@ -42,24 +53,34 @@ func (c *Cache) SaveFile(path string, now int64) (Saved, error) {
 	}
 	dir, _ := filepath.Split(path) // not filepath.Dir, for the reason that follow has
 	if err := syncDir(dir); err != nil {
-		return saved, fmt.Errorf("saving the cache to %s: %w", path, err)
+		return Saved{}, fmt.Errorf("saving the cache to %s: %w", path, err)
 	}
 	return saved, nil
 }
 
+// isAt reports whether the file that was written is still the one with that path, and nobody else has written to it.
+func (s *Saved) isAt(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && s.file != nil && os.SameFile(info, s.file) && info.Size() == s.Bytes && info.ModTime().Equal(s.file.ModTime())
+}
+
 // saveNew saves to a file that is not there yet, and returns when the disk has it.
-func (c *Cache) saveNew(path string, now int64) (saved Saved, err error) {
+func (c *Cache) saveNew(path string, all *collection, now int64) (saved Saved, err error) {
+	saved.Written, saved.sum = true, all.sum
 	// O_EXCL: whatever somebody puts there now is not followed.
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return Saved{}, err
 	}
-	saved.Entries, err = c.Save(f, now)
+	saved.Entries, err = c.save(f, all, now)
 	if err == nil {
 		err = f.Sync()
 	}
 	if err == nil {
-		saved.Bytes, err = f.Seek(0, io.SeekCurrent)
+		saved.file, err = f.Stat()
+	}
+	if err == nil {
+		saved.Bytes = saved.file.Size()
 	}
 	if e := f.Close(); err == nil {
 		err = e

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"math/bits"
 	"slices"
 	"time"
 
@@ -50,17 +51,18 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // are. It locks one shard after the other for as long as it takes to copy pointers, and no lock is held while it writes;
 // what leaves the cache meanwhile is written nevertheless, and kept in memory until then. Failures are not saved.
 func (c *Cache) Save(w io.Writer, now int64) (entries int, err error) {
-	var ranks [ranks][]*entry
-	for i := range c.shards {
-		c.shards[i].collect(&ranks)
-	}
+	return c.save(w, c.collect(), now)
+}
+
+// save writes what was collected to w, and lets go of it.
+func (c *Cache) save(w io.Writer, all *collection, now int64) (entries int, err error) {
 	b := blockWriter{w: w}
 	b.buf = binary.LittleEndian.AppendUint32(append(b.buf, snapshotMagic...), snapshotVersion)
 	b.begin()
-	for r := len(ranks) - 1; r >= 0; r-- {
-		for i, e := range ranks[r] {
-			ranks[r][i] = nil // what was evicted meanwhile may go
-			if _, state := e.age(now, c.staleFor); state == dead || e.failure {
+	for r := len(all.ranks) - 1; r >= 0; r-- {
+		for i, e := range all.ranks[r] {
+			all.ranks[r][i] = nil // what was evicted meanwhile may go
+			if _, state := e.age(now, c.staleFor); state == dead {
 				continue
 			}
 			b.add(e, r)
@@ -81,21 +83,46 @@ func (c *Cache) Save(w io.Writer, now int64) (entries int, err error) {
 	return entries, b.flush()
 }
 
+// goldenRatio is 2^64 divided by that: no time that entries have, so that none of them is multiplied by zero.
+const goldenRatio = 0x9e3779b97f4a7c15
+
 // ranks is how many steps of popularity a snapshot knows: a rank is the flags flagMain and the frequency.
 const ranks = flagMain << 1
 
-// collect appends the shard's entries to the lists of their ranks. It goes by the table and not by the queues: the processor
-// can fetch the next entries while it waits for one.
-func (s *shard) collect(lists *[ranks][]*entry) {
+// collection is all that is in a cache, at about one moment.
+type collection struct {
+	ranks [ranks][]*entry
+	// sum is the same for two collections of one cache if snapshots of them at one time are, and another one if they are not,
+	// but for one chance in 2^64.
+	sum uint64
+}
+
+func (c *Cache) collect() *collection {
+	all := new(collection)
+	for i := range c.shards {
+		c.shards[i].collect(all)
+	}
+	return all
+}
+
+// collect adds the shard's entries. It goes by the table and not by the queues: the processor can fetch the next entries
+// while it waits for one.
+func (s *shard) collect(all *collection) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i := range s.slots {
 		for e := s.slots[i].Load(); e != nil; e = e.chain.Load() {
+			if e.failure {
+				continue
+			}
 			r := e.frequency()
 			if e.main {
 				r |= flagMain
 			}
-			lists[r] = append(lists[r], e)
+			all.ranks[r] = append(all.ranks[r], e)
+			// The answer is in it by its time: no two for a key were stored at the same.
+			high, low := bits.Mul64(e.hash+uint64(r), uint64(e.stored)^goldenRatio)
+			all.sum += high ^ low
 		}
 	}
 }

@@ -384,9 +384,9 @@ func TestFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 2 {
-		saved, err := c.SaveFile(path, start)
-		if want := (Saved{1, int64(len(save(t, c, start)))}); saved != want || err != nil {
-			t.Fatalf("saved %v, %v, want %v", saved, err, want)
+		saved, err := c.SaveFile(path, start, Saved{})
+		if saved.Entries != 1 || saved.Bytes != int64(len(save(t, c, start))) || !saved.Written || err != nil {
+			t.Fatalf("saved %+v, %v", saved, err)
 		}
 	}
 	entries, err := os.ReadDir(dir)
@@ -411,7 +411,7 @@ func TestFile(t *testing.T) {
 	if want := "loading the cache from " + path + ": it is not a cache snapshot"; err == nil || err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
 	}
-	_, err = c.SaveFile(filepath.Join(dir, "none", "cache.bin"), start)
+	_, err = c.SaveFile(filepath.Join(dir, "none", "cache.bin"), start, Saved{})
 	if want := "saving the cache: open " + filepath.Join(dir, "none", "cache.bin.tmp") + ": "; err == nil || !strings.HasPrefix(err.Error(), want) {
 		t.Errorf("got %v, want %s...", err, want)
 	}
@@ -419,7 +419,7 @@ func TestFile(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, "taken"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if _, err = c.SaveFile(filepath.Join(dir, "taken"), start); err == nil {
+	if _, err = c.SaveFile(filepath.Join(dir, "taken"), start, Saved{}); err == nil {
 		t.Error("a directory was replaced")
 	}
 	if _, err := os.Stat(filepath.Join(dir, "taken.tmp")); !errors.Is(err, fs.ErrNotExist) {
@@ -455,7 +455,7 @@ func TestFileLinks(t *testing.T) {
 		{"here", "data/4.bin"}, {"etc/up", "data/5.bin"}, {"deep/file", "data/deep/file"},
 	} {
 		for range 2 { // the first finds a link to nothing
-			if saved, err := c.SaveFile(tt.path, start); saved.Entries != 1 || err != nil {
+			if saved, err := c.SaveFile(tt.path, start, Saved{}); saved.Entries != 1 || err != nil {
 				t.Errorf("%s: saved %v, %v", tt.path, saved, err)
 			}
 			if info, err := os.Lstat(tt.file); err != nil || !info.Mode().IsRegular() {
@@ -472,12 +472,86 @@ func TestFileLinks(t *testing.T) {
 		}
 	}
 	for path, want := range map[string]string{"loop": "saving the cache: stat loop: ", "etc/nowhere": "saving the cache: open etc/../none/6.bin.tmp: "} {
-		if saved, err := c.SaveFile(path, start); saved != (Saved{}) || err == nil || !strings.HasPrefix(err.Error(), want) {
+		if saved, err := c.SaveFile(path, start, Saved{}); saved != (Saved{}) || err == nil || !strings.HasPrefix(err.Error(), want) {
 			t.Errorf("%s: saved %v, %v, want %s...", path, saved, err, want)
 		}
 	}
 	if left, err := filepath.Glob("*/*.tmp"); err != nil || left != nil {
 		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+// TestFileUnchanged saves one time after the other, and looks whether the file is written.
+func TestFileUnchanged(t *testing.T) {
+	c := newCache(t, Config{MaxBytes: 8 << 20, StaleFor: time.Hour})
+	key := func(i int) []byte { return keyOf(fmt.Sprint("host", i), 1, 0, 0) }
+	for i := range 2000 {
+		put(c, key(i), address(t, 300), start+int64(i))
+	}
+	path := filepath.Join(t.TempDir(), "cache.bin")
+	var last Saved
+	now := start + second
+	unread := address(t, 300)
+	for _, tt := range []struct {
+		name    string
+		do      func()
+		written bool
+	}{
+		{"the first", func() {}, true},
+		{"nothing", func() {}, false},
+		{"still nothing", func() {}, false},
+		{"time goes by", func() { now += 10 * second }, false},
+		{"a new answer", func() { put(c, key(2000), unread, now) }, true},
+		{"a newer one", func() { put(c, key(7), unread, now) }, true},
+		{"two that change places in time", func() {
+			put(c, key(7), unread, start+9)
+			put(c, key(9), unread, now)
+		}, true},
+		{"nothing after changes", func() {}, false},
+		{"a failure", func() { c.Fail(key(3000), c.Hash(key(3000)), answer(t, response(t, 2, "")), now) }, false},
+		{"the failure of what is known", func() { c.Fail(key(1), c.Hash(key(1)), nil, now) }, false},
+		{"popularity", func() { get(c, key(3), now) }, true},
+		{"popularity that is not counted", func() {
+			for range 10 {
+				get(c, key(3), now)
+			}
+			last, _ = c.SaveFile(path, now, last)
+			get(c, key(3), now)
+		}, false},
+		{"a flush", func() { c.FlushName([]byte("\x05host5\x00"), false) }, true},
+		{"a flush of nothing", func() { c.FlushName([]byte("\x05host5\x00"), false) }, false},
+		{"all stale", func() { now += 400 * second }, false},
+		{"the file is gone", func() { _ = os.Remove(path) }, true},
+		{"the file is another one", func() {
+			data, err := os.ReadFile(path)
+			if err == nil {
+				err = errors.Join(os.WriteFile(path+"2", data, 0o600), os.Chtimes(path+"2", time.Time{}, last.file.ModTime()), os.Rename(path+"2", path))
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		}, true},
+		{"the file was written to", func() { _ = os.WriteFile(path, []byte("other"), 0o600) }, true},
+		{"the file was cut", func() { _ = errors.Join(os.Truncate(path, 100), os.Chtimes(path, time.Time{}, last.file.ModTime())) }, true},
+		{"the file was touched", func() { _ = os.Chtimes(path, time.Time{}, time.Unix(1, 0)) }, true},
+		{"a save went wrong before", func() { last = Saved{} }, true},
+		{"everything", func() { c.FlushName([]byte{0}, true) }, true},
+		{"nothing at all", func() {}, false},
+	} {
+		tt.do()
+		saved, err := c.SaveFile(path, now, last)
+		if err != nil || saved.Written != tt.written {
+			t.Errorf("%s: got %+v, %v, want written %v", tt.name, saved, err, tt.written)
+		}
+		if !saved.Written && (saved.Entries != last.Entries || saved.Bytes != last.Bytes) {
+			t.Errorf("%s: got %+v, want what there was, %+v", tt.name, saved, last)
+		}
+		last = saved
+		again, want := newCache(t, Config{MaxBytes: 8 << 20, StaleFor: time.Hour}), newCache(t, Config{MaxBytes: 8 << 20, StaleFor: time.Hour})
+		n, err := again.LoadFile(t.Context(), path, now)
+		if m := load(t, want, save(t, c, now), now); n != m || err != nil {
+			t.Errorf("%s: the file has %d entries, %v, want %d", tt.name, n, err, m)
+		}
 	}
 }
 
@@ -517,6 +591,12 @@ func BenchmarkSnapshot(b *testing.B) {
 				if _, err := c.Save(io.Discard, start); err != nil {
 					b.Fatal(err)
 				}
+			}
+		})
+		b.Run(fmt.Sprintf("unchanged/%d", n), func(b *testing.B) { // what is left of a save then
+			b.ReportAllocs()
+			for b.Loop() {
+				c.collect()
 			}
 		})
 		snapshot = save(b, c, start)
