@@ -143,7 +143,9 @@ func printCache(w io.Writer, c config.Cache) {
 	} else {
 		fmt.Fprintf(w, "  prefetch of what has %s when %.3g%% of its life remain\n", count(c.Prefetch.Hits, "hit", "hits"), 100*c.Prefetch.Remaining)
 	}
-	if c.Save.File != "" {
+	if c.Save.File == "" {
+		fmt.Fprintln(w, "  not saved")
+	} else {
 		fmt.Fprintf(w, "  saved to %s every %s\n", c.Save.File, short(c.Save.Every))
 	}
 }

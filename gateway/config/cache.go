@@ -192,21 +192,35 @@ func readSave(v value, c *Cache) {
 		return
 	}
 	saveKeys.decode(v, &c.Save)
-	if _, ok := v.get("file"); !ok {
+	file, ok := v.get("file")
+	if !ok {
 		v.errorf("the key \"file\" is missing; say where, such as file: /var/lib/dnsgateway/cache.bin")
+		return
+	}
+	if every, ok := v.get("every"); ok && file.off() {
+		every.warnf("has no effect: the cache is not saved")
 	}
 }
 
 // readSaveFile reads the name of the file that the cache is kept in, or of a symbolic link to it. The file is replaced by a
 // new one each time, so that what has to be writable is its folder.
 func readSaveFile(v value, s *Save) {
-	name, ok := v.text("a file such as /var/lib/dnsgateway/cache.bin, or off")
+	const want = "a file such as /var/lib/dnsgateway/cache.bin, or off"
+	name, ok := v.text(want)
 	if !ok {
 		return
 	}
 	s.Place = v.place()
 	if name == "off" {
 		s.File = ""
+		return
+	}
+	switch strings.ToLower(name) { // who has such a file writes file:no
+	case "off", "false", "no", "none", "never", "0":
+		v.errorf("want %s, got %s; did you mean off?", want, quote(name))
+		return
+	case "on", "true", "yes":
+		v.errorf("want %s, got %s; say where", want, quote(name))
 		return
 	}
 	if name = strings.TrimPrefix(name, "file:"); name == "" {
