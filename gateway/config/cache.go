@@ -2,6 +2,7 @@ package config
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"slices"
 	"strings"
@@ -72,6 +73,9 @@ func readCache(v value, d *draft) {
 		return
 	}
 	cacheKeys.decode(v, &d.cfg.Cache)
+	if stale, ok := v.get("stale"); ok {
+		d.staleAfter, _ = stale.get("after")
+	}
 	for _, key := range []string{"ttl", "stale", "prefetch", "save"} {
 		if of, ok := v.get(key); ok && !of.off() && d.cfg.Cache.Size == 0 {
 			of.warnf("has no effect: the cache is off")
@@ -147,6 +151,23 @@ func readStale(v value, c *Cache) {
 	}
 	if v.off() || c.Stale.For == 0 {
 		c.Stale = Stale{}
+	}
+}
+
+// checkStale finds groups that give up before the time comes that the file has for stale answers.
+func (d *draft) checkStale() {
+	c, v := d.cfg.Cache, d.staleAfter
+	if v.n == nil || c.Size == 0 || d.l.mistakeIn("cache", "upstreams") {
+		return
+	}
+	var groups []string
+	for _, g := range d.groups {
+		if g.Deadline <= c.Stale.After {
+			groups = append(groups, fmt.Sprintf("%q (%s)", g.Name, formatDuration(g.Deadline)))
+		}
+	}
+	if len(groups) > 0 {
+		v.warnf("%s is not shorter than the deadline of group %s, whose stale answers go out then", quote(v.n.text), enumerateAnd(groups))
 	}
 }
 

@@ -236,6 +236,20 @@ func TestUnreadable(t *testing.T) {
 	}
 }
 
+// TestStaleAfterIsQuiet has files in which the time for stale answers comes first, or is not one that somebody has written.
+func TestStaleAfterIsQuiet(t *testing.T) {
+	short := "upstreams: {default: {try: tls://192.0.2.1#one.test, deadline: 1s}}\n"
+	for _, text := range []string{
+		"cache: {stale: {after: 2999ms}}", short, short + "cache: {stale: off}", short + "cache: {stale: {for: 2d}}",
+		short + "cache: {stale: {after: 2s, for: off}}",
+	} {
+		cfg, err := parse(t, text+"\n")
+		if err != nil || len(cfg.Warnings) > 0 {
+			t.Errorf("%s: got %v, %v, want no warning", text, cfg.Warnings, err)
+		}
+	}
+}
+
 // TestSaveFolder has folders that this user may not write to; the user who runs the tests may be root and write everywhere.
 func TestSaveFolder(t *testing.T) {
 	t.Chdir(t.TempDir())
