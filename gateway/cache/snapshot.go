@@ -192,21 +192,21 @@ func (c *Cache) Load(ctx context.Context, r io.ReadSeeker, now int64) (entries i
 	if _, err := r.Seek(start, io.SeekStart); err != nil {
 		return 0, err
 	}
+	var a wire.Answer
 	err = readSnapshot(ctx, r, func(e savedEntry) {
-		if c.restore(e, now) {
+		if c.restore(e, &a, now) {
 			entries++
 		}
 	})
 	return entries, err
 }
 
-// restore takes in a saved entry and reports whether it did.
-func (c *Cache) restore(s savedEntry, now int64) bool {
+// restore takes in a saved entry, by way of a, and reports whether it did.
+func (c *Cache) restore(s savedEntry, a *wire.Answer, now int64) bool {
 	if s.stored > now+clockSlack || s.stored < now-maxAge {
 		return false
 	}
-	a, _, err := wire.ReadAnswer(s.answer)
-	if err != nil {
+	if _, err := a.Read(s.answer); err != nil {
 		return false
 	}
 	life, low, high := c.lifetime(a)

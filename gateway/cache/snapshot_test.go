@@ -133,6 +133,25 @@ func TestSnapshot(t *testing.T) {
 	}
 }
 
+// TestLoadAllocations loads many entries: it makes the two objects of each that stay, see TestEntry, and no others to read them.
+func TestLoadAllocations(t *testing.T) {
+	const n = 5000
+	config := Config{MaxBytes: 8 << 20}
+	c := newCache(t, config)
+	for i := range n {
+		put(c, keyOf(fmt.Sprint("host", i), 1, 0, 0), address(t, 3600), start)
+	}
+	snapshot := save(t, c, start)
+	allocs := testing.AllocsPerRun(1, func() {
+		if got := load(t, newCache(t, config), snapshot, start); got != n {
+			t.Errorf("%d entries loaded, want %d", got, n)
+		}
+	})
+	if want := float64(n*(2+btoi(race)) + 100); allocs > want {
+		t.Errorf("a load of %d entries makes %v objects, want at most %v", n, allocs, want)
+	}
+}
+
 // TestSnapshotOrder loads into a smaller cache: what was asked for is there.
 func TestSnapshotOrder(t *testing.T) {
 	c := newCache(t, Config{MaxBytes: 16 << 20})
