@@ -276,6 +276,10 @@ func TestPrint(t *testing.T) {
 	add("dnsdist", 1, "lat_miss", false, map[string]float64{"cpu": 100, "p50": 200, "p99": 400, "up": 0.5, "bad": 3})
 	r.Records = append(r.Records, record{"dnsgateway", 1, "mem", map[string]float64{"start": 12.5, "rest": 20, "full": 60.25, "refetched": 0,
 		"dot_each": 16, "dot_held": 10_000, "tcp_each": 5.5, "tcp_held": 9999}, false})
+	for i, test := range []string{coresTest(1), coresTest(2), namesTest(1000), namesTest(100_000)} {
+		add("dnsgateway", 1, test, false, map[string]float64{"cpu": float64(5 + i), "qps": 190_000})
+		add("dnsdist", 1, test, false, map[string]float64{"cpu": float64(7 + i), "qps": 140_000})
+	}
 	var got bytes.Buffer
 	if err := r.print(&got, true); err != nil {
 		t.Fatal(err)
