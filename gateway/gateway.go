@@ -99,6 +99,7 @@ func New(cfg *config.Config, o Options) (*Gateway, error) {
 		g.metrics.WatchCache(g.cacheStats)
 		if cfg.Cache.Save.File != "" {
 			g.snapshot = newSnapshot(g.cache, cfg.Cache.Save.File, cfg.Cache.Save.Every, g.log)
+			g.metrics.WatchSnapshot(g.snapshot.Stats)
 		}
 	}
 	p, err := g.buildPolicy(cfg)
@@ -186,7 +187,7 @@ func (g *Gateway) Run(ctx context.Context) error {
 	defer cancel()
 	drained := g.shutdownListeners(limit)
 	err := serve.Wait()
-	stopBackground()
+	stopBackground() // a load of the snapshot too, before the admin endpoint would wait for a flush that waits for it
 	err = errors.Join(err, groups.Wait(), p.close())
 	g.shutdownAdmin()
 	<-adminDone

@@ -5,8 +5,12 @@ import (
 	"errors"
 	"io/fs"
 	"log/slog"
+	"sync"
 	"time"
 
+	"dnsgateway/gateway/admin"
+	"dnsgateway/gateway/cache"
+	"dnsgateway/gateway/observe"
 	"dnsgateway/gateway/wire"
 )
 
@@ -16,8 +20,8 @@ const saveGrace = 5 * time.Second
 
 // store is what a snapshot needs of a cache.
 type store interface {
-	LoadFile(path string, now int64) (entries int, err error)
-	SaveFile(path string, now int64) (entries int, err error)
+	LoadFile(ctx context.Context, path string, now int64) (entries int, err error)
+	SaveFile(path string, now int64, last cache.Saved) (cache.Saved, error)
 	FlushName(name []byte, below bool) (entries int)
 }
 
@@ -28,9 +32,14 @@ type snapshot struct {
 	every time.Duration
 	log   *slog.Logger
 
-	loaded  chan struct{} // closed when the file has been read
+	loaded  chan struct{} // closed when nothing more is read from the file
+	partly  bool          // the file may hold more than the cache, as a stop has ended the load; written before loaded is closed
 	flushed chan struct{} // has room for one: the file holds what was flushed
 	failing bool          // the last save went wrong
+	last    cache.Saved   // zero if it did
+
+	mu    sync.Mutex
+	stats observe.SnapshotStats
 }
 
 func newSnapshot(cache store, file string, every time.Duration, log *slog.Logger) *snapshot {
@@ -40,10 +49,14 @@ func newSnapshot(cache store, file string, every time.Duration, log *slog.Logger
 	}
 }
 
-// run loads the file, and then saves the cache to it every so often, after a flush, and when ctx ends.
-func (s *snapshot) run(ctx context.Context) {
-	s.load()
+// run loads the file until loading ends, and then saves the cache to it every so often, after a flush, and when ctx ends. A
+// file that was not read to its end it leaves as it is.
+func (s *snapshot) run(ctx, loading context.Context) {
+	s.partly = !s.load(loading)
 	close(s.loaded)
+	if s.partly {
+		return
+	}
 	tick := time.NewTicker(s.every)
 	defer tick.Stop()
 	for {
@@ -58,11 +71,15 @@ func (s *snapshot) run(ctx context.Context) {
 	}
 }
 
-// load takes in what the last run has left. Whatever is wrong with the file, there is an empty cache without it.
-func (s *snapshot) load() {
+// load takes in what the last run has left, and reports whether it came to the end before ctx. Whatever is wrong with the
+// file, there is an empty cache without it.
+func (s *snapshot) load(ctx context.Context) (done bool) {
 	begin := time.Now()
-	n, err := s.cache.LoadFile(s.file, begin.UnixNano())
+	n, err := s.cache.LoadFile(ctx, s.file, begin.UnixNano())
 	switch {
+	case errors.Is(err, context.Canceled):
+		s.log.Info("the saved cache was not loaded to its end; it stays as it is")
+		return false
 	case errors.Is(err, fs.ErrNotExist):
 		s.log.Debug("no cache was saved yet")
 	case err != nil:
@@ -70,12 +87,15 @@ func (s *snapshot) load() {
 	default:
 		s.log.Info("the saved cache is loaded", "entries", n, "took", time.Since(begin).Round(time.Millisecond).String())
 	}
+	return true
 }
 
-// save writes the file anew, and says so at level. What goes wrong is said once, until it goes well again.
+// save writes the file anew if the cache has changed, and says so at level. What goes wrong is said once, until it goes well
+// again.
 func (s *snapshot) save(level slog.Level) {
 	begin := time.Now()
-	n, err := s.cache.SaveFile(s.file, begin.UnixNano())
+	saved, err := s.cache.SaveFile(s.file, begin.UnixNano(), s.last)
+	took := time.Since(begin)
 	switch {
 	case err != nil && !s.failing:
 		s.log.Warn("the cache cannot be saved", "err", err)
@@ -83,43 +103,71 @@ func (s *snapshot) save(level slog.Level) {
 		level = slog.LevelInfo
 		fallthrough
 	case err == nil:
-		s.log.Log(context.Background(), level, "the cache is saved", "entries", n, "took", time.Since(begin).Round(time.Millisecond).String())
+		s.log.Log(context.Background(), level, "the cache is saved", "entries", saved.Entries, "took", took.Round(time.Millisecond).String())
 	}
-	s.failing = err != nil
+	s.failing, s.last = err != nil, saved
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil {
+		s.stats.Failures++
+		return
+	}
+	s.stats.Saved = begin.Add(took)
+	if saved.Written {
+		s.stats.Took, s.stats.Entries, s.stats.Bytes = took, saved.Entries, saved.Bytes
+	}
+}
+
+// Stats returns what became of the saves so far.
+func (s *snapshot) Stats() observe.SnapshotStats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.stats
 }
 
 // flush forgets answers as cache.FlushName does, in the file as well: nothing comes back with the next start. It waits for
-// the file to be read, as what is still in there would come back at once.
-func (s *snapshot) flush(name []byte, below bool) int {
-	<-s.loaded
+// the file to be read, as what is still in there would come back at once. When ctx ends before, or a stop has ended the load,
+// it forgets nothing and returns admin.ErrStopping.
+func (s *snapshot) flush(ctx context.Context, name []byte, below bool) (int, error) {
+	select {
+	case <-s.loaded:
+	case <-ctx.Done(): // the client has left, or was cut off by a stop
+		return 0, admin.ErrStopping
+	}
+	if s.partly {
+		return 0, admin.ErrStopping
+	}
 	n := s.cache.FlushName(name, below)
 	select {
 	case s.flushed <- struct{}{}:
 	default: // a save is to come already
 	}
-	return n
+	return n, nil
 }
 
 // keep runs the snapshot, if there is one, until the function that it returns is called, which saves the cache a last time. The
-// end of ctx is not that of the snapshot: what the admin endpoint flushes after it has to be saved as well.
+// end of ctx ends a load that is under way, and no more than that: what the admin endpoint flushes after it has to be saved as
+// well.
 func (g *Gateway) keep(ctx context.Context) (end func()) {
 	if g.snapshot == nil {
 		return func() {}
 	}
-	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	saving, stop := context.WithCancel(context.WithoutCancel(ctx))
+	loading, stopLoading := context.WithCancel(ctx)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		g.snapshot.run(ctx)
+		g.snapshot.run(saving, loading)
 	}()
 	return func() {
-		cancel()
+		stopLoading()
+		stop()
 		limit := time.NewTimer(saveGrace)
 		defer limit.Stop()
 		select {
 		case <-done:
 		case <-limit.C:
-			// No call ends a write to a disk that does not answer. The program ends, and the file of the save before stays.
+			// No call ends a read or a write that a disk does not answer. The program ends, and the file of the save before stays.
 			g.log.Warn("the cache could not be saved in time", "file", g.snapshot.file, "limit", saveGrace.String())
 		}
 	}
@@ -127,19 +175,19 @@ func (g *Gateway) keep(ctx context.Context) (end func()) {
 
 // flush is what the admin endpoint does with the cache: it forgets the answers for a name in presentation form, with below
 // also those under it, and for "" all of them.
-func (g *Gateway) flush(name string, below bool) (int, error) {
+func (g *Gateway) flush(ctx context.Context, name string, below bool) (n int, err error) {
 	root := []byte{0}
 	wireName, under := root, true
 	if name != "" {
-		var err error
 		if wireName, err = wire.ParseName(name); err != nil {
 			return 0, err
 		}
 		under = below
 	}
-	var n int
 	if g.snapshot != nil {
-		n = g.snapshot.flush(wireName, under)
+		if n, err = g.snapshot.flush(ctx, wireName, under); err != nil {
+			return 0, err
+		}
 	} else {
 		n = g.cache.FlushName(wireName, under)
 	}

@@ -19,6 +19,10 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/miekg/dns"
+
+	"dnsgateway/gateway/admin"
+	"dnsgateway/gateway/cache"
+	"dnsgateway/gateway/observe"
 )
 
 // fakeStore is a cache whose file is slow, or does not go well.
@@ -28,7 +32,9 @@ type fakeStore struct {
 	mu    sync.Mutex
 	load  error
 	save  error
+	idle  bool          // nothing has changed since the last save
 	takes time.Duration // each call
+	stuck bool          // the file is on a disk that does not answer: no context ends a load
 	calls []string
 }
 
@@ -44,16 +50,28 @@ func (f *fakeStore) call(what string, now int64) time.Duration {
 	return f.takes
 }
 
-func (f *fakeStore) LoadFile(path string, now int64) (int, error) {
-	time.Sleep(f.call("load "+path, now))
-	return 5, f.load
+func (f *fakeStore) LoadFile(ctx context.Context, path string, now int64) (int, error) {
+	takes := time.After(f.call("load "+path, now))
+	if f.stuck {
+		<-takes
+		return 5, f.load
+	}
+	select {
+	case <-takes:
+		return 5, f.load
+	case <-ctx.Done():
+		return 2, fmt.Errorf("loading: %w", ctx.Err())
+	}
 }
 
-func (f *fakeStore) SaveFile(path string, now int64) (int, error) {
+func (f *fakeStore) SaveFile(path string, now int64, last cache.Saved) (cache.Saved, error) {
 	time.Sleep(f.call("save "+path, now))
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return 7, f.save
+	if f.save != nil {
+		return cache.Saved{}, f.save
+	}
+	return cache.Saved{Entries: 7, Bytes: last.Bytes + 100, Written: !f.idle}, nil // one that has seen others is longer
 }
 
 func (f *fakeStore) FlushName(name []byte, below bool) int {
@@ -61,11 +79,13 @@ func (f *fakeStore) FlushName(name []byte, below bool) int {
 	return 3
 }
 
-func (f *fakeStore) fail(err error) {
+func (f *fakeStore) set(change func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.save = err
+	change()
 }
+
+func (f *fakeStore) fail(err error) { f.set(func() { f.save = err }) }
 
 func (f *fakeStore) seen() []string {
 	f.mu.Lock()
@@ -115,18 +135,18 @@ func TestSnapshotTimes(t *testing.T) {
 	store := &fakeStore{takes: 2 * time.Second}
 	inBubble(t, store, func(t *testing.T, g *Gateway, log *lines) {
 		end := g.keep(t.Context())
-		if store.seen() != nil {
-			t.Errorf("the start waits for %q", store.seen())
+		if took := time.Since(store.begin); took != 0 {
+			t.Errorf("the start waits %v", took)
 		}
 		time.Sleep(time.Second)
-		if n, err := g.flush("A.example", false); n != 3 || err != nil { // waits for the load
+		if n, err := g.flush(t.Context(), "A.example", false); n != 3 || err != nil { // waits for the load
 			t.Errorf("flush: got %d, %v", n, err)
 		}
 		time.Sleep(90 * time.Second)
-		if n, err := g.flush("", false); n != 3 || err != nil {
+		if n, err := g.flush(t.Context(), "", false); n != 3 || err != nil {
 			t.Errorf("flush: got %d, %v", n, err)
 		}
-		if _, err := g.flush("a..b", true); err == nil {
+		if _, err := g.flush(t.Context(), "a..b", true); err == nil {
 			t.Error("a bad name is flushed")
 		}
 		time.Sleep(10 * time.Second)
@@ -150,13 +170,47 @@ func TestSnapshotTimes(t *testing.T) {
 	})
 }
 
-// TestSnapshotStopWhileLoading ends before the file is read: it is not replaced by a part of itself.
+// TestSnapshotStopWhileLoading ends while the file is read: nobody waits for that, least of all who wants something flushed,
+// and the file is not replaced by a part of itself.
 func TestSnapshotStopWhileLoading(t *testing.T) {
-	store := &fakeStore{takes: time.Second}
-	inBubble(t, store, func(t *testing.T, g *Gateway, _ *lines) {
-		g.keep(t.Context())()
-		if d := cmp.Diff([]string{"0s load c.bin", "1s save c.bin"}, store.seen()); d != "" {
+	store := &fakeStore{takes: time.Minute}
+	inBubble(t, store, func(t *testing.T, g *Gateway, log *lines) {
+		background, stop := context.WithCancel(t.Context())
+		end := g.keep(background)
+		flushed := make(chan error, 2)
+		flush := func(ctx context.Context) {
+			_, err := g.flush(ctx, "a.example", false)
+			flushed <- err
+		}
+		client, leave := context.WithTimeout(t.Context(), 2*time.Second)
+		defer leave()
+		go flush(client)
+		go flush(t.Context())
+		time.Sleep(3 * time.Second)
+		if len(flushed) != 1 {
+			t.Errorf("%d flushes have ended, want that of the client who left", len(flushed))
+		}
+		stop()
+		synctest.Wait()
+		if len(flushed) != 2 {
+			t.Error("a flush holds up the stop")
+		}
+		go flush(t.Context()) // the admin endpoint is still there
+		end()
+		if took := time.Since(store.begin); took != 3*time.Second {
+			t.Errorf("the stop took %v", took-3*time.Second)
+		}
+		for range 3 {
+			if err := <-flushed; !errors.Is(err, admin.ErrStopping) {
+				t.Errorf("flush: got %v, want %v", err, admin.ErrStopping)
+			}
+		}
+		if d := cmp.Diff([]string{"0s load c.bin"}, store.seen()); d != "" {
 			t.Errorf("calls (-want +got):\n%s", d)
+		}
+		want := "level=INFO msg=\"the saved cache was not loaded to its end; it stays as it is\" file=c.bin\n"
+		if log.String() != want {
+			t.Errorf("got log %q, want %q", log, want)
 		}
 	})
 }
@@ -170,7 +224,7 @@ func TestSnapshotFlushWhileStopping(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		stop()
 		time.Sleep(5 * time.Second)
-		if n, err := g.flush("a.example", false); n != 3 || err != nil {
+		if n, err := g.flush(t.Context(), "a.example", false); n != 3 || err != nil {
 			t.Errorf("flush: got %d, %v", n, err)
 		}
 		end()
@@ -184,7 +238,7 @@ func TestSnapshotFlushWhileStopping(t *testing.T) {
 
 // TestSnapshotSlowDisk has a disk that does not come back: the stop does.
 func TestSnapshotSlowDisk(t *testing.T) {
-	store := &fakeStore{takes: time.Hour}
+	store := &fakeStore{takes: time.Hour, stuck: true}
 	inBubble(t, store, func(t *testing.T, g *Gateway, log *lines) {
 		end := g.keep(t.Context())
 		end()
@@ -224,10 +278,42 @@ func TestSnapshotWarnsOnce(t *testing.T) {
 	})
 }
 
+// TestSnapshotStats has two saves that go well, one with nothing to do, and a disk that is full for two.
+func TestSnapshotStats(t *testing.T) {
+	store := &fakeStore{takes: 2 * time.Second}
+	inBubble(t, store, func(t *testing.T, g *Gateway, _ *lines) {
+		end := g.keep(t.Context())
+		at := func(after time.Duration, want observe.SnapshotStats) {
+			t.Helper()
+			time.Sleep(after - time.Since(store.begin))
+			if got := g.snapshot.Stats(); got != want {
+				t.Errorf("after %v: got %+v, want %+v", after, got, want)
+			}
+		}
+		at(63*time.Second, observe.SnapshotStats{}) // being saved for the first time
+		want := observe.SnapshotStats{Saved: store.begin.Add(64 * time.Second), Took: 2 * time.Second, Entries: 7, Bytes: 100}
+		at(65*time.Second, want)
+		want.Saved, want.Bytes = store.begin.Add(124*time.Second), 200
+		at(125*time.Second, want)
+		store.set(func() { store.idle, store.takes = true, time.Second })
+		want.Saved = store.begin.Add(183 * time.Second) // of the file that is there
+		at(185*time.Second, want)
+		store.set(func() { store.idle, store.save = false, errors.New("no space") })
+		want.Failures = 2
+		at(310*time.Second, want)
+		store.fail(nil)
+		end()
+		want.Saved, want.Took, want.Bytes = time.Now(), time.Second, 100
+		at(320*time.Second, want)
+	})
+}
+
 func TestSnapshotDamaged(t *testing.T) {
 	store := &fakeStore{load: errors.New("checksum")}
 	inBubble(t, store, func(t *testing.T, g *Gateway, log *lines) {
-		g.keep(t.Context())()
+		end := g.keep(t.Context())
+		synctest.Wait()
+		end()
 		if want := `level=WARN msg="the saved cache is ignored; the next save replaces it" file=c.bin err=checksum`; !strings.HasPrefix(log.String(), want) {
 			t.Errorf("got log %q, want %q", log, want)
 		}
@@ -285,7 +371,22 @@ func TestSnapshot(t *testing.T) {
 		}
 		return log.String()
 	}
+	metrics := func(g *Gateway) bool {
+		resp, err := http.Get("http://" + g.AdminAddr().String() + "/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		var body bytes.Buffer
+		if _, err := body.ReadFrom(resp.Body); err != nil {
+			t.Fatal(err)
+		}
+		return strings.Contains(body.String(), "\ndnsgateway_snapshot_failures_total 0\n")
+	}
 	run(func(g *Gateway) {
+		if !metrics(g) {
+			t.Error("no metrics of the snapshot")
+		}
 		for _, name := range []string{"a.load.lab.test.", "b.load.lab.test.", "b.lab.test."} {
 			if resp := ask(g, name); len(resp.Answer) == 0 {
 				t.Fatalf("got no answer for %s:\n%v", name, resp)
@@ -330,6 +431,9 @@ func TestSnapshot(t *testing.T) {
 			t.Errorf("got no answer:\n%v", resp)
 		}
 	})
+	if metrics(runGateway(t, load(t, l, everything(l)))) {
+		t.Error("metrics of a snapshot that there is not")
+	}
 	if strings.Count(log, "level=WARN") != 1 || !strings.Contains(log, "the saved cache is ignored") {
 		t.Errorf("got log %q, want one warning", log)
 	}

@@ -170,7 +170,7 @@ func TestCurl(t *testing.T) {
 
 // TestTransports asks over every transport what dig, kdig and curl cannot all be asked for: HTTP/3 above all.
 func TestTransports(t *testing.T) {
-	s := newSetup(t, yaml{})
+	s := newSnapshotSetup(t) // so that its metrics are there as well
 	for _, tr := range transports {
 		t.Run(tr.name, func(t *testing.T) {
 			c := tr.dial(t, s)

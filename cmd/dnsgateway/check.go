@@ -96,13 +96,16 @@ func printListeners(w io.Writer, cfg *config.Config, bound []gateway.Listening, 
 	}
 }
 
+// transportName says in words what the scheme of a listener stands for.
+var transportName = map[config.Scheme]string{config.DNS: "UDP and TCP", config.UDP: "UDP", config.TCP: "TCP", config.TLS: "DoT",
+	config.HTTPS: "DoH", config.QUIC: "DoQ"}
+
 // printListener prints a listener that is bound to addr.
 func printListener(w io.Writer, l config.Listener, addr netip.AddrPort) {
 	url := fmt.Sprintf("%s://%s%s", l.Scheme, addr, l.Path)
-	note := map[config.Scheme]string{config.DNS: "UDP and TCP", config.UDP: "UDP", config.TCP: "TCP", config.TLS: "DoT",
-		config.QUIC: "DoQ"}[l.Scheme]
+	note := transportName[l.Scheme]
 	if l.Scheme == config.HTTPS {
-		note = "DoH, " + strings.Join(l.HTTP, " ")
+		note += ", " + strings.Join(l.HTTP, " ")
 	}
 	if l.Sockets > 0 {
 		note += ", " + count(l.Sockets, "UDP socket", "UDP sockets")
@@ -140,7 +143,9 @@ func printCache(w io.Writer, c config.Cache) {
 	} else {
 		fmt.Fprintf(w, "  prefetch of what has %s when %.3g%% of its life remain\n", count(c.Prefetch.Hits, "hit", "hits"), 100*c.Prefetch.Remaining)
 	}
-	if c.Save.File != "" {
+	if c.Save.File == "" {
+		fmt.Fprintln(w, "  not saved")
+	} else {
 		fmt.Fprintf(w, "  saved to %s every %s\n", c.Save.File, short(c.Save.Every))
 	}
 }
@@ -154,19 +159,47 @@ func size(n int64) string {
 	return fmt.Sprintf("%d%s", n, units[0])
 }
 
+// answersWhom says in words who gets answers. Without an `access` section that depends on the transport; named are those that
+// there are listeners for.
 func answersWhom(cfg *config.Config) string {
 	otherwise := "; others are refused"
 	if cfg.Access.Otherwise == config.Drop {
 		otherwise = "; others get no answer"
 	}
-	if !cfg.Access.Set {
-		return "loopback and private networks over plain DNS, anyone over DoT, DoH and DoQ" + otherwise
+	if cfg.Access.Set {
+		words := make([]string, len(cfg.Access.Allow))
+		for i, p := range cfg.Access.Allow {
+			words[i] = p.String()
+		}
+		return strings.Join(words, ", ") + otherwise
 	}
-	words := make([]string, len(cfg.Access.Allow))
-	for i, p := range cfg.Access.Allow {
-		words[i] = p.String()
+	there := make(map[config.Scheme]bool)
+	for _, l := range cfg.Listen {
+		there[l.Scheme] = true
 	}
-	return strings.Join(words, ", ") + otherwise
+	var encrypted []string
+	for _, scheme := range []config.Scheme{config.TLS, config.HTTPS, config.QUIC} {
+		if there[scheme] {
+			encrypted = append(encrypted, transportName[scheme])
+		}
+	}
+	anyone := "anyone over " + and(encrypted)
+	if !there[config.DNS] && !there[config.UDP] && !there[config.TCP] {
+		return anyone
+	}
+	some := "loopback and private networks over plain DNS"
+	if len(encrypted) > 0 {
+		some += ", " + anyone
+	}
+	return some + otherwise
+}
+
+// and joins words as people do: "a, b and c".
+func and(words []string) string {
+	if last := len(words) - 1; last > 0 {
+		return strings.Join(words[:last], ", ") + " and " + words[last]
+	}
+	return strings.Join(words, "")
 }
 
 // printLadder prints every group's tiers in the order in which they are asked, and the rules that choose the group.

@@ -54,6 +54,9 @@ type UpstreamServer struct {
 	Error string `json:"error,omitempty"`
 }
 
+// ErrStopping is what Config.Flush returns when there is no time left for it.
+var ErrStopping = errors.New("the gateway is stopping; nothing was flushed")
+
 // Config is what a Server shows. Its functions are called once for each request, perhaps by several requests at once,
 // and must not wait for the network.
 type Config struct {
@@ -61,8 +64,9 @@ type Config struct {
 	Ready   func() Readiness // needed
 	Metrics http.Handler     // nil: there is no /metrics
 	// Flush forgets the answers for a name in presentation form, with below also those for every name under it, and for "" all
-	// answers. It returns how many; its error says what is wrong with the name. nil: there is no cache.
-	Flush func(name string, below bool) (int, error)
+	// answers. It returns how many; its error says what is wrong with the name, or is ErrStopping. ctx ends when the client
+	// leaves. nil: there is no cache.
+	Flush func(ctx context.Context, name string, below bool) (int, error)
 	// Token is what a request has to show that changes something. Without one such requests are only taken while the address
 	// that is listened on is a loopback address.
 	Token  string

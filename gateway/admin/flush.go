@@ -72,7 +72,11 @@ func (s *Server) flush(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusConflict, "the cache is off: there is nothing to flush")
 		return
 	}
-	n, err := s.cfg.Flush(name, below)
+	n, err := s.cfg.Flush(r.Context(), name, below)
+	if errors.Is(err, ErrStopping) {
+		refuse(w, http.StatusServiceUnavailable, err.Error())
+		return
+	}
 	if err != nil {
 		refuse(w, http.StatusBadRequest, "name: "+err.Error())
 		return

@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"net"
@@ -72,6 +73,7 @@ func TestFlush(t *testing.T) {
 		{name: "half a query", query: "name=a;below=true", status: 400, says: "cannot be read"},
 		{name: "a form is not everything", body: "name=a.example", status: 400, says: "no body"},
 		{name: "a bad name", query: "name=bad", status: 400, says: "name: two dots"},
+		{name: "too late", query: "name=late", status: 503, says: `{"error":"the gateway is stopping; nothing was flushed"}`},
 		{name: "the cache is off", off: true, status: 409, says: "the cache is off"},
 		{name: "the cache is off, a name", off: true, query: "name=a", status: 409, says: "the cache is off"},
 
@@ -102,9 +104,12 @@ func TestFlush(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var got *flushed
-			cfg := Config{Ready: ready, Flush: func(name string, below bool) (int, error) {
-				if name == "bad" {
+			cfg := Config{Ready: ready, Flush: func(_ context.Context, name string, below bool) (int, error) {
+				switch name {
+				case "bad":
 					return 0, errors.New("two dots")
+				case "late":
+					return 0, ErrStopping
 				}
 				got = &flushed{name, below}
 				return 7, nil
@@ -167,7 +172,7 @@ func TestFlush(t *testing.T) {
 func TestFlushOverTheNetwork(t *testing.T) {
 	for _, withToken := range []string{"", token} {
 		s, _ := start(t, Config{Ready: ready, Metrics: http.HandlerFunc(metrics), Token: withToken,
-			Flush: func(string, bool) (int, error) { return 3, nil }})
+			Flush: func(context.Context, string, bool) (int, error) { return 3, nil }})
 		base := "http://" + s.Addr().String()
 		want := http.StatusOK
 		if withToken != "" {
@@ -201,7 +206,7 @@ func FuzzFlushQuery(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, query string) {
 		called := 0
-		s, err := New(Config{Ready: ready, Flush: func(name string, below bool) (int, error) {
+		s, err := New(Config{Ready: ready, Flush: func(_ context.Context, name string, below bool) (int, error) {
 			called++
 			values, err := url.ParseQuery(query)
 			if err != nil || name == "" && len(values) > 0 || name == "" && below || name != values.Get("name") {

@@ -2,11 +2,13 @@ package cache
 
 import (
 	"bufio"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
+	"math/bits"
 	"slices"
 	"time"
 
@@ -49,17 +51,18 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // are. It locks one shard after the other for as long as it takes to copy pointers, and no lock is held while it writes;
 // what leaves the cache meanwhile is written nevertheless, and kept in memory until then. Failures are not saved.
 func (c *Cache) Save(w io.Writer, now int64) (entries int, err error) {
-	var ranks [ranks][]*entry
-	for i := range c.shards {
-		c.shards[i].collect(&ranks)
-	}
+	return c.save(w, c.collect(), now)
+}
+
+// save writes what was collected to w, and lets go of it.
+func (c *Cache) save(w io.Writer, all *collection, now int64) (entries int, err error) {
 	b := blockWriter{w: w}
 	b.buf = binary.LittleEndian.AppendUint32(append(b.buf, snapshotMagic...), snapshotVersion)
 	b.begin()
-	for r := len(ranks) - 1; r >= 0; r-- {
-		for i, e := range ranks[r] {
-			ranks[r][i] = nil // what was evicted meanwhile may go
-			if _, state := e.age(now, c.staleFor); state == dead || e.failure {
+	for r := len(all.ranks) - 1; r >= 0; r-- {
+		for i, e := range all.ranks[r] {
+			all.ranks[r][i] = nil // what was evicted meanwhile may go
+			if _, state := e.age(now, c.staleFor); state == dead {
 				continue
 			}
 			b.add(e, r)
@@ -80,21 +83,46 @@ func (c *Cache) Save(w io.Writer, now int64) (entries int, err error) {
 	return entries, b.flush()
 }
 
+// goldenRatio is 2^64 divided by that: no time that entries have, so that none of them is multiplied by zero.
+const goldenRatio = 0x9e3779b97f4a7c15
+
 // ranks is how many steps of popularity a snapshot knows: a rank is the flags flagMain and the frequency.
 const ranks = flagMain << 1
 
-// collect appends the shard's entries to the lists of their ranks. It goes by the table and not by the queues: the processor
-// can fetch the next entries while it waits for one.
-func (s *shard) collect(lists *[ranks][]*entry) {
+// collection is all that is in a cache, at about one moment.
+type collection struct {
+	ranks [ranks][]*entry
+	// sum is the same for two collections of one cache if snapshots of them at one time are, and another one if they are not,
+	// but for one chance in 2^64.
+	sum uint64
+}
+
+func (c *Cache) collect() *collection {
+	all := new(collection)
+	for i := range c.shards {
+		c.shards[i].collect(all)
+	}
+	return all
+}
+
+// collect adds the shard's entries. It goes by the table and not by the queues: the processor can fetch the next entries
+// while it waits for one.
+func (s *shard) collect(all *collection) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i := range s.slots {
 		for e := s.slots[i].Load(); e != nil; e = e.chain.Load() {
+			if e.failure {
+				continue
+			}
 			r := e.frequency()
 			if e.main {
 				r |= flagMain
 			}
-			lists[r] = append(lists[r], e)
+			all.ranks[r] = append(all.ranks[r], e)
+			// The answer is in it by its time: no two for a key were stored at the same.
+			high, low := bits.Mul64(e.hash+uint64(r), uint64(e.stored)^goldenRatio)
+			all.sum += high ^ low
 		}
 	}
 }
@@ -151,33 +179,34 @@ func checksum(header, payload []byte) uint32 {
 //
 // Load reads r twice from where it stands: only when the whole snapshot is sound it takes anything. So a damaged one, which
 // is an error, changes nothing, unless it was sound at first and is damaged by the second reading: even then nothing of a
-// damaged block is taken.
-func (c *Cache) Load(r io.ReadSeeker, now int64) (entries int, err error) {
+// damaged block is taken. When ctx ends, Load returns after the block that it is in, with the error of ctx: then the cache
+// may have a part of the snapshot.
+func (c *Cache) Load(ctx context.Context, r io.ReadSeeker, now int64) (entries int, err error) {
 	start, err := r.Seek(0, io.SeekCurrent)
 	if err != nil {
 		return 0, err
 	}
-	if err := readSnapshot(r, func(savedEntry) {}); err != nil {
+	if err := readSnapshot(ctx, r, func(savedEntry) {}); err != nil {
 		return 0, err
 	}
 	if _, err := r.Seek(start, io.SeekStart); err != nil {
 		return 0, err
 	}
-	err = readSnapshot(r, func(e savedEntry) {
-		if c.restore(e, now) {
+	var a wire.Answer
+	err = readSnapshot(ctx, r, func(e savedEntry) {
+		if c.restore(e, &a, now) {
 			entries++
 		}
 	})
 	return entries, err
 }
 
-// restore takes in a saved entry and reports whether it did.
-func (c *Cache) restore(s savedEntry, now int64) bool {
+// restore takes in a saved entry, by way of a, and reports whether it did.
+func (c *Cache) restore(s savedEntry, a *wire.Answer, now int64) bool {
 	if s.stored > now+clockSlack || s.stored < now-maxAge {
 		return false
 	}
-	a, _, err := wire.ReadAnswer(s.answer)
-	if err != nil {
+	if _, err := a.Read(s.answer); err != nil {
 		return false
 	}
 	life, low, high := c.lifetime(a)
@@ -216,8 +245,8 @@ var (
 )
 
 // readSnapshot reads a snapshot from end to end and hands its entries to take, block by block, after the block's checksum
-// and structure were found sound. It needs the memory for one block.
-func readSnapshot(r io.Reader, take func(savedEntry)) error {
+// and structure were found sound, until ctx ends. It needs the memory for one block.
+func readSnapshot(ctx context.Context, r io.Reader, take func(savedEntry)) error {
 	in := bufio.NewReaderSize(r, 4<<10) // for the headers; payloads are read past it
 	offset := int64(0)
 	var buf []byte
@@ -242,6 +271,9 @@ func readSnapshot(r io.Reader, take func(savedEntry)) error {
 	}
 	var total uint64
 	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 		at := offset
 		damaged := func(err error) error { return fmt.Errorf("the block at octet %d: %w", at, err) }
 		b, err := read(blockHeaderLen)

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -48,7 +49,7 @@ func save(t testing.TB, c *Cache, now int64) []byte {
 
 func load(t testing.TB, c *Cache, snapshot []byte, now int64) int {
 	t.Helper()
-	n, err := c.Load(bytes.NewReader(snapshot), now)
+	n, err := c.Load(t.Context(), bytes.NewReader(snapshot), now)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,6 +133,25 @@ func TestSnapshot(t *testing.T) {
 	}
 }
 
+// TestLoadAllocations loads many entries: it makes the two objects of each that stay, see TestEntry, and no others to read them.
+func TestLoadAllocations(t *testing.T) {
+	const n = 5000
+	config := Config{MaxBytes: 8 << 20}
+	c := newCache(t, config)
+	for i := range n {
+		put(c, keyOf(fmt.Sprint("host", i), 1, 0, 0), address(t, 3600), start)
+	}
+	snapshot := save(t, c, start)
+	allocs := testing.AllocsPerRun(1, func() {
+		if got := load(t, newCache(t, config), snapshot, start); got != n {
+			t.Errorf("%d entries loaded, want %d", got, n)
+		}
+	})
+	if want := float64(n*(2+btoi(race)) + 100); allocs > want {
+		t.Errorf("a load of %d entries makes %v objects, want at most %v", n, allocs, want)
+	}
+}
+
 // TestSnapshotOrder loads into a smaller cache: what was asked for is there.
 func TestSnapshotOrder(t *testing.T) {
 	c := newCache(t, Config{MaxBytes: 16 << 20})
@@ -173,7 +193,7 @@ func TestDamage(t *testing.T) {
 	refused := func(what string, snapshot []byte) {
 		t.Helper()
 		empty := newCache(t, Config{MaxBytes: MinBytes})
-		n, err := empty.Load(bytes.NewReader(snapshot), start)
+		n, err := empty.Load(t.Context(), bytes.NewReader(snapshot), start)
 		if err == nil || n != 0 || empty.Stats().Entries != 0 {
 			t.Errorf("%s: %d entries, %v", what, n, err)
 		}
@@ -182,10 +202,10 @@ func TestDamage(t *testing.T) {
 	for i := range sound {
 		damaged := bytes.Clone(sound)
 		damaged[i] ^= 1 << (i % 8)
-		if n, err := empty.Load(bytes.NewReader(damaged), start); err == nil || n != 0 || empty.Stats().Entries != 0 {
+		if n, err := empty.Load(t.Context(), bytes.NewReader(damaged), start); err == nil || n != 0 || empty.Stats().Entries != 0 {
 			t.Fatalf("a bit of octet %d: %d entries, %v", i, n, err)
 		}
-		if n, err := empty.Load(bytes.NewReader(sound[:i]), start); err == nil || n != 0 || empty.Stats().Entries != 0 {
+		if n, err := empty.Load(t.Context(), bytes.NewReader(sound[:i]), start); err == nil || n != 0 || empty.Stats().Entries != 0 {
 			t.Fatalf("cut at %d: %d entries, %v", i, n, err)
 		}
 	}
@@ -207,15 +227,15 @@ func TestDamage(t *testing.T) {
 	}
 	refused("a wrong number of entries", snapshotOf(block(1, savedBytes(0, 0, "key", nil)), final(2)))
 	refused("a huge block", snapshotOf(make([]byte, 4), []byte{0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0}))
-	if n, err := empty.Load(bytes.NewReader(snapshotOf(final(0))), start); n != 0 || err != nil {
+	if n, err := empty.Load(t.Context(), bytes.NewReader(snapshotOf(final(0))), start); n != 0 || err != nil {
 		t.Errorf("the snapshot of nothing: %d, %v", n, err)
 	}
 
-	_, err := empty.Load(bytes.NewReader(bytes.Replace(sound, []byte{snapshotVersion, 0, 0, 0}, []byte{9, 0, 0, 0}, 1)), start)
+	_, err := empty.Load(t.Context(), bytes.NewReader(bytes.Replace(sound, []byte{snapshotVersion, 0, 0, 0}, []byte{9, 0, 0, 0}, 1)), start)
 	if err == nil || err.Error() != "its version is 9, want 1" {
 		t.Errorf("another version: %v", err)
 	}
-	_, err = empty.Load(bytes.NewReader(sound[:len(sound)-1]), start)
+	_, err = empty.Load(t.Context(), bytes.NewReader(sound[:len(sound)-1]), start)
 	if want := fmt.Sprintf("the block at octet %d: unexpected EOF", len(sound)-20); err == nil || err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
 	}
@@ -228,24 +248,70 @@ func TestDamagedMeanwhile(t *testing.T) {
 		put(c, keyOf(fmt.Sprint("host", i), 1, 0, 0), address(t, 3600), start)
 	}
 	sound := save(t, c, start)
-	r := &changing{Reader: bytes.NewReader(sound), change: func() { sound[len(sound)/2] ^= 1 }}
+	r := &changing{Reader: bytes.NewReader(sound), again: func() { sound[len(sound)/2] ^= 1 }}
 	empty := newCache(t, Config{MaxBytes: 8 << 20})
-	n, err := empty.Load(r, start)
+	n, err := empty.Load(t.Context(), r, start)
 	if !errors.Is(err, errChecksum) || n == 0 || n > 2500 || empty.Stats().Entries != int64(n) {
 		t.Errorf("%d entries, %v", n, err)
 	}
 }
 
+// TestLoadEnds ends a load before it begins, while it looks whether the snapshot is sound, and while it takes it in.
+func TestLoadEnds(t *testing.T) {
+	c := newCache(t, Config{MaxBytes: 8 << 20})
+	for i := range 5000 { // several blocks
+		put(c, keyOf(fmt.Sprint("host", i), 1, 0, 0), address(t, 3600), start)
+	}
+	sound := save(t, c, start)
+	for _, tt := range []struct {
+		name   string
+		second bool
+		reads  int // of the reading, before the end
+		some   bool
+	}{{"before", false, 0, false}, {"first reading", false, 3, false}, {"between", true, 0, false}, {"second reading", true, 3, true}} {
+		ctx, cancel := context.WithCancel(t.Context())
+		second := false
+		end := func() {
+			if second == tt.second && tt.reads <= 0 {
+				cancel()
+			}
+		}
+		r := &changing{Reader: bytes.NewReader(sound)}
+		r.again = func() { second = true; end() }
+		r.read = func() {
+			if second == tt.second {
+				tt.reads--
+			}
+			end()
+		}
+		end()
+		empty := newCache(t, Config{MaxBytes: 8 << 20})
+		n, err := empty.Load(ctx, r, start)
+		if !errors.Is(err, context.Canceled) || (n > 0) != tt.some || n > 4000 || empty.Stats().Entries != int64(n) {
+			t.Errorf("%s: %d of %d entries, %v", tt.name, n, c.Stats().Entries, err)
+		}
+		cancel()
+	}
+}
+
+// changing is a snapshot that something happens to when it is read, or read again; read may be nil.
 type changing struct {
 	*bytes.Reader
-	change func()
+	again, read func()
 }
 
 func (c *changing) Seek(offset int64, whence int) (int64, error) {
 	if whence == io.SeekStart {
-		c.change()
+		c.again()
 	}
 	return c.Reader.Seek(offset, whence)
+}
+
+func (c *changing) Read(b []byte) (int, error) {
+	if c.read != nil {
+		c.read()
+	}
+	return c.Reader.Read(b)
 }
 
 func savedBytes(stored int64, flags byte, key string, answer []byte) []byte {
@@ -290,7 +356,7 @@ func FuzzLoad(f *testing.F) {
 		now := start + 100*second
 		for _, snapshot := range [][]byte{data, snapshotOf(block(count, data), final(uint64(count)))} {
 			c := newCache(t, config)
-			n, err := c.Load(bytes.NewReader(snapshot), now)
+			n, err := c.Load(t.Context(), bytes.NewReader(snapshot), now)
 			if s := c.Stats(); s.Entries != int64(n) || err != nil && n > 0 {
 				t.Fatalf("%d loaded, %d entries, %v", n, s.Entries, err)
 			}
@@ -329,7 +395,7 @@ func TestFile(t *testing.T) {
 	put(c, key, address(t, 300), start)
 	dir := t.TempDir()
 	path := filepath.Join(dir, "cache.bin")
-	if _, err := c.LoadFile(path, start); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := c.LoadFile(t.Context(), path, start); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no file: %v", err)
 	}
 	// What a kill left behind is in nobody's way.
@@ -337,8 +403,9 @@ func TestFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 2 {
-		if n, err := c.SaveFile(path, start); n != 1 || err != nil {
-			t.Fatalf("saved %d, %v", n, err)
+		saved, err := c.SaveFile(path, start, Saved{})
+		if saved.Entries != 1 || saved.Bytes != int64(len(save(t, c, start))) || !saved.Written || err != nil {
+			t.Fatalf("saved %+v, %v", saved, err)
 		}
 	}
 	entries, err := os.ReadDir(dir)
@@ -349,7 +416,7 @@ func TestFile(t *testing.T) {
 		t.Errorf("got %v, %v", info.Mode(), err)
 	}
 	restored := newCache(t, Config{})
-	if n, err := restored.LoadFile(path, start+10*second); n != 1 || err != nil {
+	if n, err := restored.LoadFile(t.Context(), path, start+10*second); n != 1 || err != nil {
 		t.Fatalf("loaded %d, %v", n, err)
 	}
 	if _, age, ok := get(restored, key, start+10*second); !ok || age != 10 {
@@ -359,11 +426,11 @@ func TestFile(t *testing.T) {
 	if err := os.WriteFile(path, []byte("garbage"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	_, err = c.LoadFile(path, start)
+	_, err = c.LoadFile(t.Context(), path, start)
 	if want := "loading the cache from " + path + ": it is not a cache snapshot"; err == nil || err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
 	}
-	_, err = c.SaveFile(filepath.Join(dir, "none", "cache.bin"), start)
+	_, err = c.SaveFile(filepath.Join(dir, "none", "cache.bin"), start, Saved{})
 	if want := "saving the cache: open " + filepath.Join(dir, "none", "cache.bin.tmp") + ": "; err == nil || !strings.HasPrefix(err.Error(), want) {
 		t.Errorf("got %v, want %s...", err, want)
 	}
@@ -371,11 +438,139 @@ func TestFile(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, "taken"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if _, err = c.SaveFile(filepath.Join(dir, "taken"), start); err == nil {
+	if _, err = c.SaveFile(filepath.Join(dir, "taken"), start, Saved{}); err == nil {
 		t.Error("a directory was replaced")
 	}
 	if _, err := os.Stat(filepath.Join(dir, "taken.tmp")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the temporary file is still there: %v", err)
+	}
+}
+
+// TestFileLinks saves to symbolic links: what they lead to is the file, before and after it is there, and they stay.
+func TestFileLinks(t *testing.T) {
+	c := newCache(t, Config{})
+	put(c, keyOf("a.example", 1, 0, 0), address(t, 300), start)
+	dir := t.TempDir()
+	t.Chdir(dir)
+	for _, d := range []string{"data/deep", "etc"} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, l := range []struct{ name, to string }{
+		{"etc/absolute", filepath.Join(dir, "data", "1.bin")},
+		{"etc/relative", "../data/2.bin"},
+		{"etc/chain", "relative2"}, {"etc/relative2", "../data/3.bin"},
+		{"here", "data/4.bin"},
+		{"deep", "data/deep"}, {"etc/up", "../deep/../5.bin"}, // above the folder that is meant, data/deep
+		{"loop", "loop2"}, {"loop2", "loop"}, {"etc/nowhere", "../none/6.bin"},
+	} {
+		if err := os.Symlink(l.to, l.name); err != nil {
+			t.Skip(err) // Windows has a privilege for it
+		}
+	}
+	for _, tt := range []struct{ path, file string }{
+		{"etc/absolute", "data/1.bin"}, {"etc/relative", "data/2.bin"}, {filepath.Join(dir, "etc/chain"), "data/3.bin"},
+		{"here", "data/4.bin"}, {"etc/up", "data/5.bin"}, {"deep/file", "data/deep/file"},
+	} {
+		for range 2 { // the first finds a link to nothing
+			if saved, err := c.SaveFile(tt.path, start, Saved{}); saved.Entries != 1 || err != nil {
+				t.Errorf("%s: saved %v, %v", tt.path, saved, err)
+			}
+			if info, err := os.Lstat(tt.file); err != nil || !info.Mode().IsRegular() {
+				t.Errorf("%s: %s is %v, %v, want a file", tt.path, tt.file, info, err)
+			}
+		}
+		if n, err := newCache(t, Config{}).LoadFile(t.Context(), tt.path, start); n != 1 || err != nil {
+			t.Errorf("%s: loaded %d, %v", tt.path, n, err)
+		}
+	}
+	for _, link := range []string{"etc/absolute", "etc/relative", "etc/chain", "etc/relative2", "here", "etc/up"} {
+		if info, err := os.Lstat(link); err != nil || info.Mode().Type() != fs.ModeSymlink {
+			t.Errorf("%s is %v, %v, want the link that it was", link, info, err)
+		}
+	}
+	for path, want := range map[string]string{"loop": "saving the cache: stat loop: ", "etc/nowhere": "saving the cache: open etc/../none/6.bin.tmp: "} {
+		if saved, err := c.SaveFile(path, start, Saved{}); saved != (Saved{}) || err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%s: saved %v, %v, want %s...", path, saved, err, want)
+		}
+	}
+	if left, err := filepath.Glob("*/*.tmp"); err != nil || left != nil {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+// TestFileUnchanged saves one time after the other, and looks whether the file is written.
+func TestFileUnchanged(t *testing.T) {
+	c := newCache(t, Config{MaxBytes: 8 << 20, StaleFor: time.Hour})
+	key := func(i int) []byte { return keyOf(fmt.Sprint("host", i), 1, 0, 0) }
+	for i := range 2000 {
+		put(c, key(i), address(t, 300), start+int64(i))
+	}
+	path := filepath.Join(t.TempDir(), "cache.bin")
+	var last Saved
+	now := start + second
+	unread := address(t, 300)
+	for _, tt := range []struct {
+		name    string
+		do      func()
+		written bool
+	}{
+		{"the first", func() {}, true},
+		{"nothing", func() {}, false},
+		{"still nothing", func() {}, false},
+		{"time goes by", func() { now += 10 * second }, false},
+		{"a new answer", func() { put(c, key(2000), unread, now) }, true},
+		{"a newer one", func() { put(c, key(7), unread, now) }, true},
+		{"two that change places in time", func() {
+			put(c, key(7), unread, start+9)
+			put(c, key(9), unread, now)
+		}, true},
+		{"nothing after changes", func() {}, false},
+		{"a failure", func() { c.Fail(key(3000), c.Hash(key(3000)), answer(t, response(t, 2, "")), now) }, false},
+		{"the failure of what is known", func() { c.Fail(key(1), c.Hash(key(1)), nil, now) }, false},
+		{"popularity", func() { get(c, key(3), now) }, true},
+		{"popularity that is not counted", func() {
+			for range 10 {
+				get(c, key(3), now)
+			}
+			last, _ = c.SaveFile(path, now, last)
+			get(c, key(3), now)
+		}, false},
+		{"a flush", func() { c.FlushName([]byte("\x05host5\x00"), false) }, true},
+		{"a flush of nothing", func() { c.FlushName([]byte("\x05host5\x00"), false) }, false},
+		{"all stale", func() { now += 400 * second }, false},
+		{"the file is gone", func() { _ = os.Remove(path) }, true},
+		{"the file is another one", func() {
+			data, err := os.ReadFile(path)
+			if err == nil {
+				err = errors.Join(os.WriteFile(path+"2", data, 0o600), os.Chtimes(path+"2", time.Time{}, last.file.ModTime()), os.Rename(path+"2", path))
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		}, true},
+		{"the file was written to", func() { _ = os.WriteFile(path, []byte("other"), 0o600) }, true},
+		{"the file was cut", func() { _ = errors.Join(os.Truncate(path, 100), os.Chtimes(path, time.Time{}, last.file.ModTime())) }, true},
+		{"the file was touched", func() { _ = os.Chtimes(path, time.Time{}, time.Unix(1, 0)) }, true},
+		{"a save went wrong before", func() { last = Saved{} }, true},
+		{"everything", func() { c.FlushName([]byte{0}, true) }, true},
+		{"nothing at all", func() {}, false},
+	} {
+		tt.do()
+		saved, err := c.SaveFile(path, now, last)
+		if err != nil || saved.Written != tt.written {
+			t.Errorf("%s: got %+v, %v, want written %v", tt.name, saved, err, tt.written)
+		}
+		if !saved.Written && (saved.Entries != last.Entries || saved.Bytes != last.Bytes) {
+			t.Errorf("%s: got %+v, want what there was, %+v", tt.name, saved, last)
+		}
+		last = saved
+		again, want := newCache(t, Config{MaxBytes: 8 << 20, StaleFor: time.Hour}), newCache(t, Config{MaxBytes: 8 << 20, StaleFor: time.Hour})
+		n, err := again.LoadFile(t.Context(), path, now)
+		if m := load(t, want, save(t, c, now), now); n != m || err != nil {
+			t.Errorf("%s: the file has %d entries, %v, want %d", tt.name, n, err, m)
+		}
 	}
 }
 
@@ -415,6 +610,12 @@ func BenchmarkSnapshot(b *testing.B) {
 				if _, err := c.Save(io.Discard, start); err != nil {
 					b.Fatal(err)
 				}
+			}
+		})
+		b.Run(fmt.Sprintf("unchanged/%d", n), func(b *testing.B) { // what is left of a save then
+			b.ReportAllocs()
+			for b.Loop() {
+				c.collect()
 			}
 		})
 		snapshot = save(b, c, start)

@@ -1,6 +1,9 @@
 package config
 
 import (
+	"errors"
+	"fmt"
+	"io/fs"
 	"slices"
 	"strings"
 	"time"
@@ -70,6 +73,9 @@ func readCache(v value, d *draft) {
 		return
 	}
 	cacheKeys.decode(v, &d.cfg.Cache)
+	if stale, ok := v.get("stale"); ok {
+		d.staleAfter, _ = stale.get("after")
+	}
 	for _, key := range []string{"ttl", "stale", "prefetch", "save"} {
 		if of, ok := v.get(key); ok && !of.off() && d.cfg.Cache.Size == 0 {
 			of.warnf("has no effect: the cache is off")
@@ -148,6 +154,23 @@ func readStale(v value, c *Cache) {
 	}
 }
 
+// checkStale finds groups that give up before the time comes that the file has for stale answers.
+func (d *draft) checkStale() {
+	c, v := d.cfg.Cache, d.staleAfter
+	if v.n == nil || c.Size == 0 || d.l.mistakeIn("cache", "upstreams") {
+		return
+	}
+	var groups []string
+	for _, g := range d.groups {
+		if g.Deadline <= c.Stale.After {
+			groups = append(groups, fmt.Sprintf("%q (%s)", g.Name, formatDuration(g.Deadline)))
+		}
+	}
+	if len(groups) > 0 {
+		v.warnf("%s is not shorter than the deadline of group %s, whose stale answers go out then", quote(v.n.text), enumerateAnd(groups))
+	}
+}
+
 var prefetchKeys = newTable("cache.prefetch",
 	entry[Prefetch]{"hits", func(v value, p *Prefetch) { v.into(&p.Hits, 1, 255) }}, // the cache counts in one octet
 	entry[Prefetch]{"remaining", func(v value, p *Prefetch) {
@@ -190,21 +213,35 @@ func readSave(v value, c *Cache) {
 		return
 	}
 	saveKeys.decode(v, &c.Save)
-	if _, ok := v.get("file"); !ok {
+	file, ok := v.get("file")
+	if !ok {
 		v.errorf("the key \"file\" is missing; say where, such as file: /var/lib/dnsgateway/cache.bin")
+		return
+	}
+	if every, ok := v.get("every"); ok && file.off() {
+		every.warnf("has no effect: the cache is not saved")
 	}
 }
 
-// readSaveFile reads the name of the file that the cache is kept in. It is replaced by a new one each time, so that what
-// has to be writable is its folder.
+// readSaveFile reads the name of the file that the cache is kept in, or of a symbolic link to it. The file is replaced by a
+// new one each time, so that what has to be writable is its folder.
 func readSaveFile(v value, s *Save) {
-	name, ok := v.text("a file such as /var/lib/dnsgateway/cache.bin, or off")
+	const want = "a file such as /var/lib/dnsgateway/cache.bin, or off"
+	name, ok := v.text(want)
 	if !ok {
 		return
 	}
 	s.Place = v.place()
 	if name == "off" {
 		s.File = ""
+		return
+	}
+	switch strings.ToLower(name) { // who has such a file writes file:no
+	case "off", "false", "no", "none", "never", "0":
+		v.errorf("want %s, got %s; did you mean off?", want, quote(name))
+		return
+	case "on", "true", "yes":
+		v.errorf("want %s, got %s; say where", want, quote(name))
 		return
 	}
 	if name = strings.TrimPrefix(name, "file:"); name == "" {
@@ -215,8 +252,12 @@ func readSaveFile(v value, s *Save) {
 	if !ok {
 		return
 	}
-	if info, err := v.l.disk.stat(path); err == nil && !info.Mode().IsRegular() {
+	switch info, err := v.l.disk.stat(path); {
+	case err == nil && !info.Mode().IsRegular():
 		v.errorf("%s is not a regular file", path)
+		return
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		v.errorf("%s: %s", path, reason(err))
 		return
 	}
 	if err := v.l.disk.writable(path); err != nil {

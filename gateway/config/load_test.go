@@ -236,6 +236,20 @@ func TestUnreadable(t *testing.T) {
 	}
 }
 
+// TestStaleAfterIsQuiet has files in which the time for stale answers comes first, or is not one that somebody has written.
+func TestStaleAfterIsQuiet(t *testing.T) {
+	short := "upstreams: {default: {try: tls://192.0.2.1#one.test, deadline: 1s}}\n"
+	for _, text := range []string{
+		"cache: {stale: {after: 2999ms}}", short, short + "cache: {stale: off}", short + "cache: {stale: {for: 2d}}",
+		short + "cache: {stale: {after: 2s, for: off}}",
+	} {
+		cfg, err := parse(t, text+"\n")
+		if err != nil || len(cfg.Warnings) > 0 {
+			t.Errorf("%s: got %v, %v, want no warning", text, cfg.Warnings, err)
+		}
+	}
+}
+
 // TestSaveFolder has folders that this user may not write to; the user who runs the tests may be root and write everywhere.
 func TestSaveFolder(t *testing.T) {
 	t.Chdir(t.TempDir())
@@ -254,6 +268,32 @@ func TestSaveFolder(t *testing.T) {
 	_, err = Load("-", testOptions("cache: {save: closed/cache.bin}"))
 	if want := "cache.save: the directory closed: permission denied"; err == nil || !strings.Contains(err.Error(), want) {
 		t.Errorf("got %v, want %q", err, want)
+	}
+}
+
+// TestSaveLinks has links in the place of the cache's file: what counts is what they lead to, be it there or not.
+func TestSaveLinks(t *testing.T) {
+	t.Chdir(t.TempDir())
+	if err := os.MkdirAll("data/deep", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, to := range map[string]string{
+		"good": "data/cache.bin", "nowhere": "none/cache.bin", "loop": "loop", "folder": "data",
+		"log": "data/log2", "data/log2": "gateway.log", "deep": "data/deep", "data/up": "../deep/../gateway.log",
+	} {
+		if err := os.Symlink(to, name); err != nil {
+			t.Skip(err)
+		}
+	}
+	for _, tt := range []struct{ file, want string }{
+		{"good", ""}, {"nowhere", "none: no such file or directory"}, {"loop", "cache.save: loop: too many levels of symbolic links"},
+		{"folder", "folder is a directory"}, {"log", "cache.save: log is the log"}, {"data/up", "cache.save: data/up is the log"},
+		{"deep/../gateway.log", ""}, {"deep/log", ""},
+	} {
+		_, err := Load("-", testOptions("cache: {save: "+tt.file+"}\nlog: {output: file:data/gateway.log}\n"))
+		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%s: got %v, want %q", tt.file, err, tt.want)
+		}
 	}
 }
 

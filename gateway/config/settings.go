@@ -12,16 +12,17 @@ import (
 
 // draft is a Config while it is being read, with what the checks over several sections need to know.
 type draft struct {
-	l         *loader
-	cfg       *Config
-	has       map[string]bool // top-level keys that the file has, sound or not
-	listen    []Listener
-	groups    []groupItem
-	declared  []string // the keys of upstreams, whatever stands there
-	fallback  value    // zero if the key is not there
-	bootstrap value    // zero if the key is not there
-	rules     []ruleItem
-	encrypted bool // a listener needs a certificate
+	l          *loader
+	cfg        *Config
+	has        map[string]bool // top-level keys that the file has, sound or not
+	listen     []Listener
+	groups     []groupItem
+	declared   []string // the keys of upstreams, whatever stands there
+	fallback   value    // zero if the key is not there
+	bootstrap  value    // zero if the key is not there
+	rules      []ruleItem
+	staleAfter value // zero if the key is not there
+	encrypted  bool  // a listener needs a certificate
 }
 
 func (d *draft) errorAt(p Place, format string, args ...any) {
@@ -114,6 +115,7 @@ func (l *loader) config(source string, root *node) *Config {
 	d.checkRules()
 	d.checkAdmin()
 	d.checkSave()
+	d.checkStale()
 	if f := root.field("tls"); f != nil && !d.encrypted && !l.mistakeIn("listen") {
 		value{l: l, n: f.value, path: "tls", key: f.place}.warnf("has no effect: no listener is tls://, https:// or quic://")
 	}

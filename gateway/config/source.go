@@ -24,9 +24,9 @@ type disk struct {
 	read func(name string, special bool) ([]byte, error) // special: pipes and devices are allowed
 	glob func(pattern string) ([]string, error)
 	stat func(name string) (fs.FileInfo, error)
-	real func(name string) string // one spelling for each file
+	real func(name string) string // one spelling for each file, be it there or not
 
-	writable func(path string) error // whether a file can be put there; its folder is there
+	writable func(path string) error // whether a file can be put there, or where a link at path leads to
 }
 
 var osDisk = disk{read: readFile, glob: filepath.Glob, stat: os.Stat, real: realName, writable: writable}
@@ -68,8 +68,25 @@ func realName(name string) string {
 	if abs, err := filepath.Abs(name); err == nil {
 		name = abs
 	}
-	if sym, err := filepath.EvalSymlinks(name); err == nil {
-		name = sym
+	const links = 40 // no more of them lead anywhere, path_resolution(7)
+	for range links {
+		if sym, err := filepath.EvalSymlinks(name); err == nil {
+			return sym
+		}
+		// It is not there, but its folder may be, and it may be a link to what is not there.
+		dir, file := filepath.Split(name)
+		dir, err := filepath.EvalSymlinks(dir)
+		if err != nil {
+			break
+		}
+		name = filepath.Join(dir, file)
+		link, err := os.Readlink(name)
+		if err != nil {
+			break
+		}
+		if name = link; !filepath.IsAbs(name) {
+			name = dir + string(os.PathSeparator) + name
+		}
 	}
 	return name
 }

@@ -454,6 +454,8 @@ func TestSettings(t *testing.T) {
 		{"cache: {prefetch: off}", prefetch, Prefetch{}},
 		{"cache: 1MB", save, Save{Every: 5 * time.Minute}},
 		{"cache: {save: off}", save, Save{Every: 5 * time.Minute}},
+		{"cache: {save: {file: off}}", save, Save{Every: 5 * time.Minute}},
+		{"cache: {save: file:no}", save, Save{File: "no", Every: 5 * time.Minute}},
 		{"cache: {save: cache.bin}", save, Save{File: "cache.bin", Every: 5 * time.Minute}},
 		{"cache: {save: file:pki/cache.bin}", save, Save{File: "pki/cache.bin", Every: 5 * time.Minute}},
 		{"cache: {save: {every: 1s, file: file:cache.bin}}", save, Save{File: "cache.bin", Every: time.Second}},

@@ -4,13 +4,17 @@ package config
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
 )
 
-// writable returns nil if this user may put a file at path: in its folder, which is there.
+// writable returns nil if this user may put a file at path, or where it leads to if it is a symbolic link: in the folder.
 func writable(path string) error {
+	if _, err := os.Readlink(path); err == nil {
+		path = realName(path)
+	}
 	dir := filepath.Dir(path)
 	switch err := unix.Access(dir, unix.W_OK|unix.X_OK); err {
 	case nil:

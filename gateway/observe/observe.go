@@ -95,6 +95,16 @@ type CacheStats struct {
 	Hits, Misses, Evictions  uint64
 }
 
+// SnapshotStats are the saves of the cache to its file. All but Failures is about the last one that went well, and zero before
+// the first.
+type SnapshotStats struct {
+	Saved    time.Time // when it was done
+	Took     time.Duration
+	Entries  int
+	Bytes    int64  // the file's size
+	Failures uint64 // saves that went wrong; only grows
+}
+
 // ListenerStats is one listener on one transport as it is seen at one moment.
 type ListenerStats struct {
 	Listener  string // its name in the file
@@ -123,6 +133,7 @@ type Metrics struct {
 	servers    map[[2]string]*Server
 
 	cache     atomic.Pointer[func() CacheStats]
+	snapshot  atomic.Pointer[func() SnapshotStats]
 	listeners atomic.Pointer[func() []ListenerStats]
 	inflight  atomic.Pointer[func() InflightStats]
 }
@@ -176,6 +187,10 @@ func (m *Metrics) Handler(logger *slog.Logger) http.Handler {
 // takes the metrics away.
 func (m *Metrics) WatchCache(f func() CacheStats) { store(&m.cache, f, f == nil) }
 
+// WatchSnapshot makes f the source of the metrics of saves. f is called at each scrape, perhaps by several at once; nil takes
+// the metrics away.
+func (m *Metrics) WatchSnapshot(f func() SnapshotStats) { store(&m.snapshot, f, f == nil) }
+
 // WatchListeners makes f the source of the open connections. f is called at each scrape, perhaps by several at once;
 // nil takes the metric away. Entries with the same listener and transport are added up.
 func (m *Metrics) WatchListeners(f func() []ListenerStats) { store(&m.listeners, f, f == nil) }
@@ -203,6 +218,12 @@ var (
 	inflightNow    = desc("dnsgateway_inflight_misses", "Cache misses being resolved.")
 	inflightMax    = desc("dnsgateway_inflight_misses_max", "Cache misses that may be resolved at once.")
 	unsent         = desc("dnsgateway_unsent_answers_total", "Answers over UDP that were given up because too many others waited to be sent.")
+
+	snapshotSaved    = desc("dnsgateway_snapshot_last_success_timestamp_seconds", "When a snapshot of the cache was last saved, in Unix time; 0: not yet.")
+	snapshotTook     = desc("dnsgateway_snapshot_duration_seconds", "Time that it took to save the last snapshot of the cache.")
+	snapshotEntries  = desc("dnsgateway_snapshot_entries", "Answers in the last snapshot of the cache.")
+	snapshotBytes    = desc("dnsgateway_snapshot_bytes", "Size of the last snapshot of the cache.")
+	snapshotFailures = desc("dnsgateway_snapshot_failures_total", "Snapshots of the cache that could not be saved.")
 )
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -215,7 +236,8 @@ type stateCollector struct{ m *Metrics }
 // Describe implements prometheus.Collector.
 func (c stateCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{cacheEntries, cacheBytes, cacheMaxBytes, cacheHits, cacheMisses, cacheEvictions,
-		connections, inflightNow, inflightMax, unsent} {
+		connections, inflightNow, inflightMax, unsent,
+		snapshotSaved, snapshotTook, snapshotEntries, snapshotBytes, snapshotFailures} {
 		ch <- d
 	}
 }
@@ -236,6 +258,18 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 		counter(cacheHits, s.Hits)
 		counter(cacheMisses, s.Misses)
 		counter(cacheEvictions, s.Evictions)
+	}
+	if f := c.m.snapshot.Load(); f != nil {
+		s := (*f)()
+		saved := 0.0
+		if !s.Saved.IsZero() {
+			saved = float64(s.Saved.UnixMilli()) / 1000
+		}
+		gauge(snapshotSaved, saved)
+		gauge(snapshotTook, s.Took.Seconds())
+		gauge(snapshotEntries, float64(s.Entries))
+		gauge(snapshotBytes, float64(s.Bytes))
+		counter(snapshotFailures, s.Failures)
 	}
 	if f := c.m.inflight.Load(); f != nil {
 		s := (*f)()

@@ -85,6 +85,9 @@ func fill(m *Metrics) {
 	s.Done(time.Second, -1, "timeout")
 	m.WatchCache(func() CacheStats { return CacheStats{1, 2, 3, 4, 5, 6} })
 	m.WatchInflight(func() InflightStats { return InflightStats{Now: 7, Max: 8, Shed: 5, Unsent: 9} })
+	m.WatchSnapshot(func() SnapshotStats {
+		return SnapshotStats{Saved: time.Unix(1750000000, 250e6), Took: 1500 * time.Millisecond, Entries: 9, Bytes: 990, Failures: 10}
+	})
 	m.WatchListeners(func() []ListenerStats {
 		return []ListenerStats{{"a", "tcp", 1}, {"a", "tcp", 2}, {"b", "dot", 4}}
 	})
@@ -128,8 +131,10 @@ func TestRuntimeMetrics(t *testing.T) {
 			t.Errorf("no %sin the exposition", name)
 		}
 	}
-	if strings.Contains(text, "dnsgateway_cache_") || strings.Contains(text, "dnsgateway_inflight_") {
-		t.Errorf("state without a source:\n%s", ours(text))
+	for _, state := range []string{"dnsgateway_cache_", "dnsgateway_snapshot_", "dnsgateway_inflight_"} {
+		if strings.Contains(text, state) {
+			t.Errorf("%s without a source:\n%s", state, ours(text))
+		}
 	}
 }
 
@@ -195,13 +200,23 @@ func TestWatchNil(t *testing.T) {
 	m := newMetrics(t)
 	fill(m)
 	m.WatchCache(nil)
+	m.WatchSnapshot(nil)
 	m.WatchInflight(nil)
 	m.WatchListeners(nil)
 	text := exposition(t, m)
-	for _, name := range []string{"dnsgateway_cache_", "dnsgateway_inflight_", "dnsgateway_connections"} {
+	for _, name := range []string{"dnsgateway_cache_", "dnsgateway_snapshot_", "dnsgateway_inflight_", "dnsgateway_connections"} {
 		if strings.Contains(text, name) {
 			t.Errorf("%s is still there", name)
 		}
+	}
+}
+
+// TestSnapshotBeforeTheFirst has nothing saved yet: no year 1754, which the zero time would be.
+func TestSnapshotBeforeTheFirst(t *testing.T) {
+	m := newMetrics(t)
+	m.WatchSnapshot(func() SnapshotStats { return SnapshotStats{} })
+	if text := exposition(t, m); !strings.Contains(text, "\ndnsgateway_snapshot_last_success_timestamp_seconds 0\n") {
+		t.Errorf("want 0 before the first save:\n%s", ours(text))
 	}
 }
 

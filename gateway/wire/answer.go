@@ -9,8 +9,8 @@ import (
 )
 
 // Answer is a response as the cache keeps it: header, question and records in packed form, without the hop-by-hop
-// records OPT, TSIG and SIG(0). Only [ReadAnswer] makes one. Its maker may change Secure and EDE and call ClampTTL and Age
-// until it shares the Answer; from then on nobody writes to it, and any number of goroutines may read it.
+// records OPT, TSIG and SIG(0). Only [ReadAnswer] and [Answer.Read] make one. Its maker may change Secure and EDE and call
+// ClampTTL and Age until it shares the Answer; from then on nobody writes to it, and any number of goroutines may read it.
 type Answer struct {
 	Msg    []byte   // the packed response; its length is at most MaxMessage
 	TTLs   []uint16 // the offset in Msg of every record's TTL field, in the order of the records
@@ -63,17 +63,28 @@ var (
 // returns an error for everything that is not one whole response to one question, names that clients could not read
 // included, so that bytes from a server may come straight here.
 func ReadAnswer(msg []byte) (a *Answer, options []byte, err error) {
-	c := names{msg: msg}
+	a = new(Answer)
+	if options, err = a.Read(msg); err != nil {
+		return nil, nil, err
+	}
+	return a, options, nil
+}
+
+// Read makes a what [ReadAnswer] returns, in the memory that a has: who reads one answer after the other and keeps copies
+// needs no more than one. a must not be shared. After an error it is no answer, but may be read into again.
+func (a *Answer) Read(msg []byte) (options []byte, err error) {
+	c := names{msg: msg, ttl: a.TTLs[:0]}
 	if len(msg) >= HeaderLen {
 		records := int(binary.BigEndian.Uint16(msg[6:])) + int(binary.BigEndian.Uint16(msg[8:])) +
 			int(binary.BigEndian.Uint16(msg[10:]))
-		c.ttl = make([]uint16, 0, min(records, len(msg)/minRecord))
+		c.ttl = slices.Grow(c.ttl, min(records, len(msg)/minRecord))
 	}
 	l, err := survey(msg, &c)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	a = &Answer{
+	kept := a.Msg[:0]
+	*a = Answer{
 		Rcode:   l.rcode(msg),
 		qend:    uint16(l.qend),
 		answers: uint16(l.answers),
@@ -92,13 +103,12 @@ func ReadAnswer(msg []byte) (a *Answer, options []byte, err error) {
 	if l.optEnd == end {
 		end, l.optEnd = l.optStart, 0 // it is not even copied
 	}
-	kept := make([]byte, end)
-	copy(kept, msg)
+	kept = append(kept, msg[:end]...)
 	var whole bool
 	if a.Msg, whole = l.strip(kept); !whole {
 		// What is gone says nothing about the lifetime of what is left.
 		if l, err = survey(a.Msg, nil); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		a.facts = l.lifetime
 	}
@@ -111,7 +121,7 @@ func ReadAnswer(msg []byte) (a *Answer, options []byte, err error) {
 			binary.BigEndian.PutUint32(ttl, 0) // RFC 2181, section 8
 		}
 	}
-	return a, options, nil
+	return options, nil
 }
 
 // minRecord is the length of the shortest record: the root's, without RDATA.

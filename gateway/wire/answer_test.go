@@ -830,6 +830,29 @@ func checkReadAgain(t *testing.T, a *Answer) {
 	}
 }
 
+// checkReadUsed proves that what an Answer was before leaves nothing in it: msg, of which ReadAnswer has made a or err, is read
+// into one that was long, and that again into the same.
+func checkReadUsed(t *testing.T, long, msg []byte, a *Answer, err error) {
+	t.Helper()
+	var used Answer
+	for range 2 {
+		if _, err := used.Read(long); err != nil {
+			t.Fatalf("a used Answer cannot be used again: %v", err)
+		}
+		used.Secure = true
+		_, got := used.Read(msg)
+		if got != err {
+			t.Fatalf("a used Answer: got error %v, want %v", got, err)
+		}
+		if err != nil {
+			continue
+		}
+		if diff := cmp.Diff(&used, a, cmp.AllowUnexported(Answer{}, cut{}, lifetime{}), cmpopts.EquateEmpty()); diff != "" {
+			t.Fatalf("a used Answer is another one (-got +want)\n%s", diff)
+		}
+	}
+}
+
 func TestCutText(t *testing.T) {
 	for _, s := range []string{"", "abc", "äöü", "日本語", "\x80\x80\x80\x80"} {
 		for n := range 12 {
@@ -884,10 +907,12 @@ func FuzzAnswer(f *testing.F) {
 	for range 100 {
 		m.Answer = append(m.Answer, m.Answer[1])
 	}
-	f.Add(pack(f, m), uint8(0), uint8(1), uint16(600), uint32(1000))
+	long := pack(f, m)
+	f.Add(long, uint8(0), uint8(1), uint16(600), uint32(1000))
 	f.Fuzz(func(t *testing.T, msg []byte, transport, bits uint8, size uint16, age uint32) {
 		lifetime := Lifetime(msg)
 		a, _, err := ReadAnswer(bytes.Clone(msg))
+		checkReadUsed(t, long, msg, a, err)
 		if err != nil {
 			return
 		}

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -61,6 +63,30 @@ func TestParse(t *testing.T) {
 		if status := execute(t.Context(), strings.Fields(args), io.Discard, &stderr); status != 2 ||
 			!strings.HasPrefix(stderr.String(), want) {
 			t.Errorf("%s: got status %d, %q, want 2, %q", args, status, stderr.String(), want)
+		}
+	}
+}
+
+// TestReadme parses the commands that the README tells people to run, and looks for every test in its table.
+func TestReadme(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// In a block a command ends with its line or at a comment; in the text, where it may go on in the next line, at a backquote.
+	commands := regexp.MustCompile("(?m)^\\./integration/bench/run([^#\n]*)|`\\./integration/bench/run([^`]*)`").FindAllSubmatch(readme, -1)
+	if len(commands) < 6 {
+		t.Errorf("%d commands, want all", len(commands))
+	}
+	for _, c := range commands {
+		args := string(c[1]) + string(c[2])
+		if _, err := parse(append([]string{"-cache", "c"}, strings.Fields(args)...), io.Discard); err != nil && !errors.Is(err, flag.ErrHelp) {
+			t.Errorf("integration/bench/run%s: %v", args, err)
+		}
+	}
+	for _, test := range tests {
+		if !strings.Contains(string(readme), "`"+test.name+"`") {
+			t.Errorf("the README does not say what %s is", test.name)
 		}
 	}
 }
@@ -276,6 +302,10 @@ func TestPrint(t *testing.T) {
 	add("dnsdist", 1, "lat_miss", false, map[string]float64{"cpu": 100, "p50": 200, "p99": 400, "up": 0.5, "bad": 3})
 	r.Records = append(r.Records, record{"dnsgateway", 1, "mem", map[string]float64{"start": 12.5, "rest": 20, "full": 60.25, "refetched": 0,
 		"dot_each": 16, "dot_held": 10_000, "tcp_each": 5.5, "tcp_held": 9999}, false})
+	for i, test := range []string{coresTest(1), coresTest(2), namesTest(1000), namesTest(100_000)} {
+		add("dnsgateway", 1, test, false, map[string]float64{"cpu": float64(5 + i), "qps": 190_000})
+		add("dnsdist", 1, test, false, map[string]float64{"cpu": float64(7 + i), "qps": 140_000})
+	}
 	var got bytes.Buffer
 	if err := r.print(&got, true); err != nil {
 		t.Fatal(err)

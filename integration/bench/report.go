@@ -88,15 +88,7 @@ const legend = "~: others used the machine in all tries (over 8 % of a core); !:
 
 // tables makes the tables of what was measured.
 func (r *results) tables() (all []table) {
-	measured := func(names []string) (left []string) {
-		for _, name := range names {
-			if slices.ContainsFunc(r.Records, func(rec record) bool { return rec.Test == name }) {
-				left = append(left, name)
-			}
-		}
-		return left
-	}
-	var fast, late []string
+	var fast, late, sizes []string
 	for _, t := range tests {
 		if t.late {
 			late = append(late, t.name)
@@ -104,73 +96,88 @@ func (r *results) tables() (all []table) {
 			fast = append(fast, t.name)
 		}
 	}
-	fast, late = measured(fast), measured(late)
+	for n := 1000; n <= 100_000_000; n *= 10 {
+		sizes = append(sizes, namesTest(n))
+	}
+	fast, late, sizes = r.measured(fast...), r.measured(late...), r.measured(sizes...)
+	cores := r.measured(coresTest(1), coresTest(2))
 	if len(fast) > 0 {
 		all = append(all, r.table("CPU of the server for a query, µs", "", fast, fast, "cpu"))
 		if slices.Contains(r.Targets, ours) && len(r.Targets) > 1 {
 			all = append(all, r.ratios(fast))
 		}
-		queries := r.table("Queries in a second, server on one core", "* the server's core was less than 90 % busy: the load or"+
-			" waiting is the limit", fast, fast, "qps")
-		for i, target := range r.Targets {
-			for j, test := range fast {
-				if u := r.of(target, test, "util"); len(u) > 0 && median(u) < 90 {
-					queries.rows[i][j+1] += " *"
-				}
-			}
-		}
-		all = append(all, queries)
+		all = append(all, r.queries(fast))
 	}
 	if len(late) > 0 {
-		t := table{title: "Latency at 1,000 queries/s, µs, p50 / p99", header: append([]string{"target"}, late...)}
-		for _, target := range r.Targets {
-			row := []string{target}
-			for _, test := range late {
-				row = append(row, r.cell(target, test, "p50", "p99"))
-			}
-			t.rows = append(t.rows, row)
-		}
-		all = append(all, t)
+		all = append(all, r.table("Latency at 1,000 queries/s, µs, p50 / p99", "", late, late, "p50", "p99"))
 	}
-	if mem := measured([]string{"mem"}); len(mem) > 0 {
-		t := table{title: "Start and memory", header: []string{"target", "first answer, ms", "RSS at rest, MiB",
-			"RSS with 100,000 names, MiB", "of those fetched again", "KiB for an idle DoT connection", "of them held",
-			"KiB for an idle TCP connection", "of them held"}}
-		for _, target := range r.Targets {
-			if len(r.of(target, "mem", "rest")) == 0 {
-				continue
-			}
-			row := []string{target}
-			for _, figure := range []string{"start", "rest", "full", "refetched", "dot_each", "dot_held", "tcp_each", "tcp_held"} {
-				row = append(row, r.cell(target, "mem", figure))
-			}
-			t.rows = append(t.rows, row)
-		}
-		all = append(all, t)
+	if len(r.measured("mem")) > 0 {
+		all = append(all, r.memory())
 	}
-	if cores := measured([]string{coresTest(1), coresTest(2)}); len(cores) > 0 {
+	if len(cores) > 0 {
 		note := "the load has a core of its own"
 		if len(r.Cores) < 3 {
 			note = "with two cores the server shares one of them with the load: only the CPU for a query says something there," +
 				" and of that the load's use of the caches takes a part"
 		}
-		t := r.table("Hits over UDP (udpblast) on one and two cores, µs for a query / queries in a second", note, cores, cores, "cpu", "qps")
-		t.rows = slices.DeleteFunc(t.rows, func(row []string) bool { return row[0] == "floor" })
-		all = append(all, t)
+		all = append(all, r.servers("Hits over UDP (udpblast) on one and two cores, µs for a query / queries in a second", note, cores, "cpu", "qps"))
 	}
-	var sizes []string
-	for n := 1000; n <= 100_000_000; n *= 10 {
-		sizes = append(sizes, namesTest(n))
+	if len(sizes) > 0 {
+		all = append(all, r.servers("CPU for a hit over UDP (udpblast) with so many cached names, µs", "", sizes, "cpu"))
 	}
-	if sizes = measured(sizes); len(sizes) > 0 {
-		t := r.table("CPU for a hit over UDP (udpblast) with so many cached names, µs", "", sizes, sizes, "cpu")
-		t.rows = slices.DeleteFunc(t.rows, func(row []string) bool { return row[0] == "floor" })
-		all = append(all, t)
-	}
-	if tests := measured(slices.Concat(fast, late, sizes, []string{coresTest(1), coresTest(2)})); len(tests) > 0 {
+	if tests := slices.Concat(fast, late, sizes, cores); len(tests) > 0 {
 		all = append(all, r.control(tests))
 	}
 	return all
+}
+
+// measured returns those of tests that have results.
+func (r *results) measured(tests ...string) (left []string) {
+	for _, name := range tests {
+		if slices.ContainsFunc(r.Records, func(rec record) bool { return rec.Test == name }) {
+			left = append(left, name)
+		}
+	}
+	return left
+}
+
+// queries marks where the server was not what limited the queries in a second.
+func (r *results) queries(tests []string) table {
+	t := r.table("Queries in a second, server on one core", "* the server's core was less than 90 % busy: the load or waiting is the limit",
+		tests, tests, "qps")
+	for i, target := range r.Targets {
+		for j, test := range tests {
+			if u := r.of(target, test, "util"); len(u) > 0 && median(u) < 90 {
+				t.rows[i][j+1] += " *"
+			}
+		}
+	}
+	return t
+}
+
+// memory has a column for each figure of the one test, and no rows of targets that were left out.
+func (r *results) memory() table {
+	t := table{title: "Start and memory", header: []string{"target", "first answer, ms", "RSS at rest, MiB",
+		"RSS with 100,000 names, MiB", "of those fetched again", "KiB for an idle DoT connection", "of them held",
+		"KiB for an idle TCP connection", "of them held"}}
+	for _, target := range r.Targets {
+		if len(r.of(target, "mem", "rest")) == 0 {
+			continue
+		}
+		row := []string{target}
+		for _, figure := range []string{"start", "rest", "full", "refetched", "dot_each", "dot_held", "tcp_each", "tcp_held"} {
+			row = append(row, r.cell(target, "mem", figure))
+		}
+		t.rows = append(t.rows, row)
+	}
+	return t
+}
+
+// servers is table without floor, which has no cache.
+func (r *results) servers(title, note string, tests []string, figures ...string) table {
+	t := r.table(title, note, tests, tests, figures...)
+	t.rows = slices.DeleteFunc(t.rows, func(row []string) bool { return row[0] == "floor" })
+	return t
 }
 
 // table has a row for each target and a column for each test; a cell is the medians of figures.

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -38,6 +39,23 @@ func TestShort(t *testing.T) {
 	t.Logf("\n%s", out)
 	if err != nil {
 		t.Error(err)
+	}
+}
+
+// TestReadme parses the commands that the README tells people to run.
+func TestReadme(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	commands := regexp.MustCompile("go run \\./integration/failover([^#`\n]*)").FindAllSubmatch(readme, -1)
+	if len(commands) < 4 {
+		t.Errorf("%d commands, want all", len(commands))
+	}
+	for _, c := range commands {
+		if _, err := parse(strings.Fields(string(c[1])), io.Discard); err != nil {
+			t.Errorf("go run ./integration/failover%s: %v", c[1], err)
+		}
 	}
 }
 
