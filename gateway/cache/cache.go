@@ -97,12 +97,12 @@ type Found struct {
 	Age uint32
 	// Stale says that Answer's time is over, by less than Config.StaleFor.
 	Stale bool
-	// Retry is set only with Stale: no asking has failed in the last 30 s, so upstream is to be asked before the stale answer
-	// is used. That is the failure recheck timer of RFC 8767, section 5.
-	Retry bool
-	// Prefetch tells the caller to renew the answer now: it is popular and near its end. No other caller is told so until the
-	// next Put for the key, or for 10 s; nobody is within 30 s of a Fail.
+	// Prefetch says that the answer is popular and near its end, and that nobody renews it: who wants to calls Claim.
 	Prefetch bool
+	// Failed is set only with Stale and Prefetch: asking failed at that time, less than 30 s ago, Unix nanoseconds in whole
+	// seconds. Until then upstream should not be asked again: it is the failure recheck timer of RFC 8767, section 5. 0: it
+	// has not failed.
+	Failed int64
 }
 
 // Stats are a cache's gauges and, since New, its counter. Hits are not counted here: on many cores that would cost more than
@@ -200,23 +200,37 @@ func (c *Cache) Get(key []byte, hash uint64, now int64) (f Found, ok bool) {
 	hits := e.hit(c.prefetchHits)
 	switch {
 	case state == stale:
-		f.Stale = true
-		f.Retry = !within(e.failed.Load(), now, recheckAfter)
-	case c.prefetchHits > 0 && hits >= c.prefetchHits:
-		f.Prefetch = c.prefetch(e, now)
+		f.Stale, f.Failed = true, lately(e.failed.Load(), now)
+	case c.prefetchHits > 0 && hits >= c.prefetchHits && c.ending(e, now):
+		f.Prefetch, f.Failed = true, lately(e.failed.Load(), now)
 	}
 	return f, true
 }
 
-// prefetch reports whether the caller is the one who is to renew e, which is fresh and popular.
-func (c *Cache) prefetch(e *entry, now int64) bool {
+// ending reports whether e, which is fresh, is near its end and nobody renews it.
+func (c *Cache) ending(e *entry, now int64) bool {
 	remaining := int64(e.life)*int64(time.Second) - (now - e.stored)
-	if float64(remaining) > float64(e.life)*c.prefetchShare || e.life < minPrefetchLife || e.failure ||
-		within(e.failed.Load(), now, recheckAfter) {
+	return float64(remaining) <= float64(e.life)*c.prefetchShare && e.life >= minPrefetchLife && !e.failure &&
+		!within(e.claimed.Load(), now, claimFor)
+}
+
+// Claim reports whether the caller is the one who is to renew the answer for key, which was found with Prefetch: nobody else
+// finds it so until the next Put for key, or for 10 s. It takes no lock, does not allocate and does not keep key.
+func (c *Cache) Claim(key []byte, hash uint64, now int64) bool {
+	e := c.table.find(key, hash)
+	if e == nil {
 		return false
 	}
 	last := e.claimed.Load()
-	return !within(last, now, claimFor) && e.claimed.CompareAndSwap(last, seconds(now))
+	return c.ending(e, now) && e.claimed.CompareAndSwap(last, seconds(now))
+}
+
+// lately returns the time at, which is 0 for never, in Unix nanoseconds if asking is not to be repeated so soon after it, else 0.
+func lately(at uint32, now int64) int64 {
+	if !within(at, now, recheckAfter) {
+		return 0
+	}
+	return int64(at) * int64(time.Second)
 }
 
 // seconds returns the time now in Unix seconds, which fit until 2106, and never 0.

@@ -32,12 +32,12 @@ func TestStale(t *testing.T) {
 		want     string
 	}{
 		{"fresh", time.Minute, 10*second - 1, "age 9"},
-		{"over", time.Minute, 10 * second, "age 10, stale, retry"},
-		{"nearly gone", time.Minute, 70*second - 1, "age 69, stale, retry"},
+		{"over", time.Minute, 10 * second, "age 10, stale"},
+		{"nearly gone", time.Minute, 70*second - 1, "age 69, stale"},
 		{"gone", time.Minute, 70 * second, "none"},
 		{"without StaleFor", 0, 10 * second, "none"},
 		{"less than a second of StaleFor", time.Second - 1, 10 * second, "none"},
-		{"the longest", 1<<31*time.Second - time.Second, 1<<31*second + 8*second, "age 2147483656, stale, retry"},
+		{"the longest", 1<<31*time.Second - time.Second, 1<<31*second + 8*second, "age 2147483656, stale"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			c := newCache(t, Config{StaleFor: tt.staleFor})
@@ -48,8 +48,8 @@ func TestStale(t *testing.T) {
 				if f.Stale {
 					got += ", stale"
 				}
-				if f.Retry {
-					got += ", retry"
+				if f.Failed != 0 {
+					got += ", failed"
 				}
 			}
 			if got != tt.want {
@@ -59,8 +59,8 @@ func TestStale(t *testing.T) {
 	}
 }
 
-// TestRetry lets upstream fail while an answer is stale: it is asked again after 30 s.
-func TestRetry(t *testing.T) {
+// TestFailed lets upstream fail while an answer is stale: for 30 s that is known.
+func TestFailed(t *testing.T) {
 	c := newCache(t, Config{StaleFor: time.Hour})
 	key := []byte("key")
 	put(c, key, address(t, 10), start)
@@ -68,23 +68,22 @@ func TestRetry(t *testing.T) {
 	for _, a := range []*wire.Answer{nil, servfail(t)} {
 		c.Fail(key, c.Hash(key), a, now)
 		for _, tt := range []struct {
-			after int64
-			want  Found
+			after, want int64
 		}{
-			{0, Found{Stale: true}},
-			{29*second + second - 1, Found{Stale: true}},
-			{30 * second, Found{Stale: true, Retry: true}},
-			{-10 * second, Found{Stale: true, Retry: true}}, // the clock was set back
+			{0, now},
+			{29*second + second - 1, now},
+			{30 * second, 0},
+			{-10 * second, 0}, // the clock was set back
 		} {
 			f, ok := find(c, key, now+tt.after)
-			if !ok || f.Answer.Rcode != 0 || f.Stale != tt.want.Stale || f.Retry != tt.want.Retry {
-				t.Errorf("%d s after a failure: %+v, %v, want %+v", tt.after/second, f, ok, tt.want)
+			if !ok || f.Answer.Rcode != 0 || !f.Stale || f.Failed != tt.want {
+				t.Errorf("%d s after a failure: %+v, %v, want it stale, and Failed %d", tt.after/second, f, ok, tt.want)
 			}
 		}
 		now += 100 * second
 	}
 	put(c, key, address(t, 10), now)
-	if f, ok := find(c, key, now+10*second); !ok || !f.Stale || !f.Retry {
+	if f, ok := find(c, key, now+10*second); !ok || !f.Stale || f.Failed != 0 {
 		t.Errorf("a new answer has taken over the failure of the old one: %+v, %v", f, ok)
 	}
 }
@@ -100,7 +99,7 @@ func TestFail(t *testing.T) {
 	a := servfail(t)
 	c.Fail(key, hash, a, start)
 	f, ok := find(c, key, start+5*second-1)
-	if !ok || f.Answer == a || f.Answer.Rcode != 2 || f.Age != 4 || f.Stale || f.Retry || f.Prefetch {
+	if !ok || f.Answer == a || f.Answer.Rcode != 2 || f.Age != 4 || f.Stale || f.Failed != 0 || f.Prefetch {
 		t.Errorf("got %+v, %v", f, ok)
 	}
 	if diff := cmp.Diff(f.Answer.EDE, a.EDE); diff != "" {
@@ -176,11 +175,13 @@ func TestPrefetch(t *testing.T) {
 	c := newCache(t, Config{StaleFor: time.Minute, PrefetchHits: 3, PrefetchRemaining: 0.1})
 	key := []byte("key")
 	hash := c.Hash(key)
+	failed := int64(0)
 	at := func(ms int64, want bool) {
 		t.Helper()
-		f, ok := find(c, key, start+ms*second/1000)
-		if !ok || f.Prefetch != want {
-			t.Errorf("after %d ms: %+v, %v, want prefetch %v", ms, f, ok, want)
+		now := start + ms*second/1000
+		f, ok := find(c, key, now)
+		if !ok || f.Prefetch != want || !f.Stale && f.Failed != failed || want && (!c.Claim(key, c.Hash(key), now) || c.Claim(key, c.Hash(key), now)) {
+			t.Errorf("after %d ms: %+v, %v, want prefetch %v for one, and Failed %d", ms, f, ok, want, failed)
 		}
 	}
 	put(c, key, address(t, 300), start)
@@ -193,9 +194,11 @@ func TestPrefetch(t *testing.T) {
 	at(279999, false) // somebody does it already
 	at(280000, true)  // but has not
 	c.Fail(key, hash, nil, start+281*second)
-	at(292000, false) // upstream fails
+	failed = start + 281*second
+	at(292000, true) // to renew is the caller's decision
+	failed = 0
 	at(299999, false)
-	at(300000, false) // stale: that is Retry's
+	at(300000, false) // stale
 
 	put(c, key, address(t, 5), start+300*second) // counts anew, as popular as it is
 	at(304600, false)
@@ -224,7 +227,7 @@ func TestPrefetch(t *testing.T) {
 	at(4999, false) // nobody renews a failure
 }
 
-// TestPrefetchOnce lets many callers ask at once: one is told to prefetch.
+// TestPrefetchOnce lets many callers ask at once: one is to prefetch.
 func TestPrefetchOnce(t *testing.T) {
 	c := newCache(t, Config{PrefetchHits: 1, PrefetchRemaining: 0.5})
 	key := []byte("key")
@@ -236,7 +239,7 @@ func TestPrefetchOnce(t *testing.T) {
 		for range 8 {
 			wg.Go(func() {
 				for range 20 {
-					if f, _ := find(c, key, now+45*second); f.Prefetch {
+					if f, _ := find(c, key, now+45*second); f.Prefetch && c.Claim(key, c.Hash(key), now+45*second) {
 						told.Add(1)
 					}
 				}
@@ -244,7 +247,7 @@ func TestPrefetchOnce(t *testing.T) {
 		}
 		wg.Wait()
 		if n := told.Load(); n != 1 {
-			t.Fatalf("%d callers were told to prefetch, want 1", n)
+			t.Fatalf("%d callers are to prefetch, want 1", n)
 		}
 	}
 }

@@ -24,8 +24,23 @@ type hit struct {
 	skip   int
 }
 
-// usable reports whether h is an answer that goes out before upstreams are asked, or without it.
-func (p *Pipeline) usable(h *hit) bool { return !h.Stale || !h.Retry || p.stale.After <= 0 }
+// usable reports whether h, which was found for q, is an answer that goes out before upstreams are asked, or without it.
+func (p *Pipeline) usable(q *wire.Query, h *hit) bool {
+	return !h.Stale || p.stale.After <= 0 || p.held(q, h)
+}
+
+// held reports whether asking for h, which was found for q, has failed so lately that it is left alone: within the failure
+// recheck timer of RFC 8767, section 5, unless upstreams have come back since. That timer is there to spare those that do not
+// answer, and they do.
+func (p *Pipeline) held(q *wire.Query, h *hit) bool {
+	return h.Failed != 0 && !p.over(q.Name, h.Failed)
+}
+
+// over reports whether the group of name has come back after the time failed.
+func (p *Pipeline) over(name []byte, failed int64) bool {
+	g := &p.groups[p.groupOf(name)]
+	return g.Recovered != nil && g.Recovered() > failed
+}
 
 // key returns the cache key of q, which has a sound IN question, and its hash.
 func (p *Pipeline) key(q *wire.Query) ([]byte, uint64) {
@@ -75,15 +90,24 @@ func (p *Pipeline) appendHit(dst []byte, q *wire.Query, h *hit) []byte {
 	if h.Stale {
 		dst = p.shape.AppendStale(dst, q, h.Answer, p.stale.TTL)
 		p.observe(q, h.Answer.Rcode, Stale)
-		if h.Retry && p.stale.After <= 0 {
+		if p.stale.After <= 0 && !p.held(q, h) {
 			p.renew(q, h)
 		}
 		return dst
 	}
 	dst = p.shape.AppendAnswer(dst, q, h.Answer, h.Age)
 	p.observe(q, h.Answer.Rcode, Hit)
-	if h.Prefetch {
+	if h.Prefetch && !p.held(q, h) && p.claim(q, h) {
 		p.renew(q, h)
 	}
 	return dst
+}
+
+// claim reports whether q is the one by which h is to be prefetched.
+func (p *Pipeline) claim(q *wire.Query, h *hit) bool {
+	key := q.Key(p.view)
+	if h.denial {
+		key = q.NameKey(p.view, h.skip)
+	}
+	return p.cache.Claim(key, p.hash(key), q.Received)
 }

@@ -262,8 +262,9 @@ func (p *Pipeline) fly(f *flight, q wire.Question, denied bool) {
 		s.mu.Unlock()
 		f.cancel(nil)
 	}()
+	asked := p.now().UnixNano()
 	r = p.exchange(f, q)
-	p.store(f, &r, denied)
+	p.store(f, &r, denied, r.answer == nil && (f.ctx.Err() != nil || p.over(q.Name, asked)))
 }
 
 // store keeps in the cache what r says, and puts into r what clients are to be sent: its TTLs are within the cache's bounds.
@@ -273,7 +274,9 @@ func (p *Pipeline) fly(f *flight, q wire.Question, denied bool) {
 // way to the servers and not about the name. Those that do not answer are left alone by their group, whatever is asked;
 // as long as all are silent a name is asked for once in the deadline, since all who ask follow; and when one is back, nobody
 // waits for a memory of the time without.
-func (p *Pipeline) store(f *flight, r *result, denied bool) {
+//
+// With void, r says nothing about the question: it was given up, or its servers have come back while it waited in vain.
+func (p *Pipeline) store(f *flight, r *result, denied, void bool) {
 	if p.cache == nil || f.key == nil {
 		return
 	}
@@ -284,8 +287,7 @@ func (p *Pipeline) store(f *flight, r *result, denied bool) {
 		r.answer = p.cache.Put(key, hash, r.answer, now)
 	case r.good():
 		r.answer = p.cache.Put(f.key, f.hash, r.answer, now)
-	case r.answer == nil && f.ctx.Err() != nil:
-		// Given up: that says nothing about the question.
+	case void:
 	case denied:
 		// Its name has a good entry, though an old one, which no SERVFAIL may stand before.
 		key, hash := p.nameKey(f.key)

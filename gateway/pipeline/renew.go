@@ -82,7 +82,7 @@ func (p *Pipeline) renewNow(ctx context.Context, r *renewal) {
 	now := p.now().UnixNano()
 	q := wire.Query{Name: r.name[:r.length], Qtype: r.qtype, Qclass: wire.ClassIN, Flags: r.flags, DO: r.do, Received: now}
 	if r.stale {
-		if h, ok := p.find(&q, now, false); ok && !(h.Stale && h.Retry) {
+		if h, ok := p.find(&q, now, false); ok && !(h.Stale && !p.held(&q, &h)) {
 			return
 		}
 	}

@@ -23,11 +23,20 @@ import (
 type upstream struct {
 	asked atomic.Int64
 	mode  atomic.Pointer[string] // what it does; nil: it answers like world
+	back  atomic.Int64           // when it recovered
 }
 
 func (u *upstream) set(mode string) { u.mode.Store(&mode) }
 
-func (u *upstream) group() Group { return Group{Upstream: exchange(u.exchange)} }
+// heal makes u answer, and tell so.
+func (u *upstream) heal() {
+	u.set("")
+	u.back.Store(time.Now().UnixNano())
+}
+
+func (u *upstream) group() Group {
+	return Group{Upstream: exchange(u.exchange), Recovered: u.back.Load}
+}
 
 func (u *upstream) exchange(ctx context.Context, req *dns.Msg) (*dns.Msg, error) {
 	u.asked.Add(1)
@@ -199,6 +208,116 @@ func TestStaleRetry(t *testing.T) {
 			t.Errorf("after the outage: %v", r)
 		}
 	})
+}
+
+// TestStaleRecovered has upstreams come back soon after a stale name was asked for in vain: the next one who asks has it asked for
+// again, and again after each recovery, but for what another group serves.
+func TestStaleRecovered(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		after time.Duration
+		want  Outcome // of the first query after the recovery
+	}{
+		{"one.test.", 1800 * time.Millisecond, Miss}, {"nxdomain.test.", 1800 * time.Millisecond, Miss},
+		{"one.test.", 0, Stale}, {"nxdomain.test.", 0, Stale},
+	} {
+		t.Run(fmt.Sprint(tt.name, tt.after), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var up, other upstream
+				seen := &events{}
+				p := running(t, Config{Groups: []Group{other.group(), up.group()}, Cache: staleCache(t), Stale: StaleConfig{After: tt.after},
+					Observer: seen, Routes: mustRoutes(t, route.Rule{Group: 1, Below: []string{"test"}})})
+				ask := func() Outcome {
+					seen.list = nil
+					resolve(t, t.Context(), p, wire.TCP, dig(tt.name, dns.TypeA))
+					return seen.last(t).outcome
+				}
+				ask()
+				for range 3 {
+					time.Sleep(10 * time.Minute)
+					for _, mode := range []string{"dead", "SERVFAIL", "silent"} {
+						up.set(mode)
+						up.asked.Store(0)
+						for i := range 5 {
+							if got := ask(); got != Stale {
+								t.Fatalf("%s, query %d: %v, want a stale answer", mode, i, got)
+							}
+							time.Sleep(4 * time.Second) // longer than a question takes
+							other.heal()
+						}
+						if n := up.asked.Load(); n != 1 {
+							t.Errorf("%s: asked %d times, want once", mode, n)
+						}
+						up.back.Store(time.Now().UnixNano()) // and gone again, but for the last one
+						time.Sleep(time.Second)              // the cache remembers failures by the second
+					}
+					up.heal()
+					if got := ask(); got != tt.want {
+						t.Errorf("first query after the recovery: %v, want %v", got, tt.want)
+					}
+					time.Sleep(20 * time.Millisecond)
+					if got := ask(); got != Hit {
+						t.Errorf("second query after the recovery: %v, want a fresh answer", got)
+					}
+				}
+			})
+		})
+	}
+}
+
+// TestRecoveredMeanwhile has upstreams come back while a question waits in vain for one that is gone: that it failed says nothing
+// about the time from then on.
+func TestRecoveredMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up upstream
+		p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Stale: StaleConfig{After: 1800 * time.Millisecond}})
+		m := dig("one.test.", dns.TypeA)
+		resolve(t, t.Context(), p, wire.TCP, m)
+		time.Sleep(10 * time.Minute)
+		up.set("silent")
+		if r := resolve(t, t.Context(), p, wire.TCP, m); len(edes(r)) != 1 {
+			t.Errorf("got %v, want a stale answer", r)
+		}
+		up.heal()
+		time.Sleep(5 * time.Second)
+		if r := resolve(t, t.Context(), p, wire.TCP, m); len(r.Answer) != 1 || len(edes(r)) != 0 {
+			t.Errorf("got %v, want a fresh answer", r)
+		}
+	})
+}
+
+// TestPrefetchRecovered has the renewal of a popular answer fail: it is tried again after 30 s, or as soon as upstreams are back
+// and nobody else can be about it.
+func TestPrefetchRecovered(t *testing.T) {
+	for _, tt := range []struct {
+		back bool
+		want int // seconds from one renewal to the next
+	}{{true, 10}, {false, 30}} {
+		synctest.Test(t, func(t *testing.T) {
+			var up upstream
+			p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t)})
+			var at []int
+			for i := 0; len(at) < 3; i++ {
+				resolve(t, t.Context(), p, wire.UDP, dig("one.test.", dns.TypeA))
+				time.Sleep(time.Second)
+				if int(up.asked.Load()) == len(at) {
+					continue
+				}
+				switch at = append(at, i); len(at) {
+				case 1:
+					up.set("dead")
+				case 2:
+					up.set("")
+					if tt.back {
+						up.heal()
+					}
+				}
+			}
+			if got := at[2] - at[1]; got != tt.want {
+				t.Errorf("back %v: renewed after %d s, want %d", tt.back, got, tt.want)
+			}
+		})
+	}
 }
 
 // TestStaleShed gives up a question whose clients have a stale answer: they get that.
@@ -563,6 +682,31 @@ func TestPrefetchQuestion(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestPrefetchBoundary has a denial found near its end for a name below that goes to another group, which it says nothing about:
+// that renews nothing, and takes the renewal from nobody.
+func TestPrefetchBoundary(t *testing.T) {
+	clock := newClock()
+	var up, corp upstream
+	p := mustNew(t, Config{Cache: staleCache(t), Now: clock.Now, Groups: []Group{up.group(), corp.group()},
+		Routes: mustRoutes(t, route.Rule{Group: 1, Below: []string{"corp.nxdomain.test"}})})
+	for range 4 {
+		resolve(t, t.Context(), p, wire.TCP, dig("nxdomain.test.", dns.TypeA))
+	}
+	clock.add(55 * time.Second)
+	for _, tt := range []struct {
+		name string
+		want int // renewals
+	}{{"one.corp.nxdomain.test.", 0}, {"x.nxdomain.test.", 1}, {"x.nxdomain.test.", 1}} {
+		resolve(t, t.Context(), p, wire.TCP, dig(tt.name, dns.TypeA))
+		if n := len(p.renewals); n != tt.want {
+			t.Errorf("%s: %d to renew, want %d", tt.name, n, tt.want)
+		}
+	}
+	if n := corp.asked.Load(); n != 1 {
+		t.Errorf("the other group was asked %d times, want once", n)
 	}
 }
 

@@ -45,7 +45,7 @@ func (p *Pipeline) resolve(ctx context.Context, dst []byte, q *wire.Query) []byt
 		if key != nil && p.cache != nil {
 			// For Odd queries, whose Plain form may be known; for answers that have come meanwhile; and for stale ones.
 			var ok bool
-			if h, ok = p.find(q, now, q.Kind != wire.Plain); ok && p.usable(&h) {
+			if h, ok = p.find(q, now, q.Kind != wire.Plain); ok && p.usable(q, &h) {
 				return p.appendHit(dst, q, &h)
 			}
 			if old = nil; ok {
