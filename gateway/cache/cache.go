@@ -42,6 +42,9 @@ const (
 	// failureLife is how long a SERVFAIL is kept, in seconds. RFC 9520, section 3.2 wants at least 1 s, RFC 2308, section 7
 	// at most 5 minutes.
 	failureLife = 5
+	// silenceLife is how long it is kept at first that nobody answered; the same section asks for longer with each failure
+	// in a row, which is twice as long here, up to failureLife.
+	silenceLife = 1
 	// recheckAfter is for how many seconds stale answers are given without asking again after asking has failed: the
 	// failure recheck timer of RFC 8767, section 5.
 	recheckAfter = 30
@@ -99,9 +102,9 @@ type Found struct {
 	Stale bool
 	// Prefetch says that the answer is popular and near its end, and that nobody renews it: who wants to calls Claim.
 	Prefetch bool
-	// Failed is set only with Stale and Prefetch: asking failed at that time, less than 30 s ago, Unix nanoseconds in whole
-	// seconds. Until then upstream should not be asked again: it is the failure recheck timer of RFC 8767, section 5. 0: it
-	// has not failed.
+	// Failed is when asking has failed, Unix nanoseconds. With Stale and Prefetch that is less than 30 s ago, in whole seconds,
+	// and upstream should be left alone: it is the failure recheck timer of RFC 8767, section 5. Else Answer is the SERVFAIL
+	// of a question that nobody answered. 0: nothing of that.
 	Failed int64
 }
 
@@ -201,6 +204,10 @@ func (c *Cache) Get(key []byte, hash uint64, now int64) (f Found, ok bool) {
 	switch {
 	case state == stale:
 		f.Stale, f.Failed = true, lately(e.failed.Load(), now)
+	case e.failure:
+		if e.failed.Load() != 0 {
+			f.Failed = e.stored
+		}
 	case c.prefetchHits > 0 && hits >= c.prefetchHits && c.ending(e, now):
 		f.Prefetch, f.Failed = true, lately(e.failed.Load(), now)
 	}
@@ -296,6 +303,20 @@ func (c *Cache) Fail(key []byte, hash uint64, a *wire.Answer, now int64) *wire.A
 	}
 	c.shard(hash).fail(key, hash, e, now)
 	return a
+}
+
+// Unanswered is Fail for a question that nobody answered; a is the SERVFAIL that says so to clients. It is kept for 1 s, and for
+// twice as long with each failure in a row, up to 5 s (RFC 9520, section 3.2). A row ends with an answer that may be kept, or
+// when nothing has failed for 30 s.
+func (c *Cache) Unanswered(key []byte, hash uint64, a *wire.Answer, now int64) {
+	life := uint32(silenceLife)
+	if old := c.table.find(key, hash); old != nil && old.failure && within(seconds(old.stored), now, recheckAfter) {
+		life = min(2*old.life, failureLife)
+	}
+	e := newEntry(key, hash, a, now, life)
+	e.failure = true
+	e.failed.Store(seconds(now))
+	c.shard(hash).fail(key, hash, e, now)
 }
 
 // Stats returns the sum over all shards, which are read one after the other.

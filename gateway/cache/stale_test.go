@@ -142,6 +142,51 @@ func TestFail(t *testing.T) {
 	check(t, c)
 }
 
+// TestUnanswered has a question fail again and again for want of any answer.
+func TestUnanswered(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		before func(c *Cache, key []byte, now int64) // a second before the last failure
+		pause  int64                                 // seconds between the failures
+		want   []int64                               // how long each is kept
+	}{
+		{"in a row", nil, 10, []int64{1, 2, 4, 5, 5}},
+		{"at once", nil, 0, []int64{1, 2, 4, 5, 5}},
+		{"too seldom", nil, 30, []int64{1, 1, 1}},
+		{"an answer between them", func(c *Cache, key []byte, now int64) { put(c, key, address(t, 1), now) }, 10, []int64{1, 2, 1}},
+		{"a SERVFAIL between them", func(c *Cache, key []byte, now int64) { c.Fail(key, c.Hash(key), servfail(t), now) }, 10, []int64{1, 2, 5}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := newCache(t, Config{PrefetchHits: 1, PrefetchRemaining: 0.9})
+			key, now := []byte("key"), start+second/2
+			for i, want := range tt.want {
+				if tt.before != nil && i == len(tt.want)-1 {
+					tt.before(c, key, now-second)
+				}
+				c.Unanswered(key, c.Hash(key), servfail(t), now)
+				for _, at := range []int64{0, want*second - 1} {
+					f, ok := find(c, key, now+at)
+					if !ok || f.Answer.Rcode != 2 || len(f.Answer.EDE) != 1 || f.Failed != now || f.Stale || f.Prefetch {
+						t.Errorf("failure %d, after %d ns: %+v, %v, want Failed %d", i+1, at, f, ok, now)
+					}
+				}
+				if f, ok := find(c, key, now+want*second); ok {
+					t.Errorf("failure %d after %d s: %+v, want nothing", i+1, want, f)
+				}
+				now += tt.pause * second
+			}
+			check(t, c)
+		})
+	}
+	c := newCache(t, Config{StaleFor: time.Minute})
+	key := []byte("key")
+	good := put(c, key, address(t, 10), start)
+	c.Unanswered(key, c.Hash(key), servfail(t), start+20*second)
+	if f, ok := find(c, key, start+20*second); !ok || f.Answer != good || f.Failed != start+20*second {
+		t.Errorf("got %+v, %v, want the good answer, and that asking has failed", f, ok)
+	}
+}
+
 // TestOutdated puts what may not be kept over a stale answer.
 func TestOutdated(t *testing.T) {
 	for _, tt := range []struct {

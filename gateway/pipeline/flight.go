@@ -264,19 +264,18 @@ func (p *Pipeline) fly(f *flight, q wire.Question, denied bool) {
 	}()
 	asked := p.now().UnixNano()
 	r = p.exchange(f, q)
-	p.store(f, &r, denied, r.answer == nil && (f.ctx.Err() != nil || p.over(q.Name, asked)))
+	p.store(f, &r, q, denied, r.answer == nil && (f.ctx.Err() != nil || p.over(q.Name, asked)))
 }
 
 // store keeps in the cache what r says, and puts into r what clients are to be sent: its TTLs are within the cache's bounds.
 //
 // A SERVFAIL is kept for some seconds, as RFC 9520, section 3.2 has it, so that clients who try again at once do not send each
-// try upstream. That no server gave any answer is not kept, though that section asks for a second at least: it is about the
-// way to the servers and not about the name. Those that do not answer are left alone by their group, whatever is asked;
-// as long as all are silent a name is asked for once in the deadline, since all who ask follow; and when one is back, nobody
-// waits for a memory of the time without.
+// try upstream. So is that nobody gave any answer, for a shorter time at first: else each try would wait until the group's
+// time is over, one after the other. When the group has come back, find passes over that. It is never kept where there is a
+// good answer, though an old one.
 //
 // With void, r says nothing about the question: it was given up, or its servers have come back while it waited in vain.
-func (p *Pipeline) store(f *flight, r *result, denied, void bool) {
+func (p *Pipeline) store(f *flight, r *result, q wire.Question, denied, void bool) {
 	if p.cache == nil || f.key == nil {
 		return
 	}
@@ -294,8 +293,14 @@ func (p *Pipeline) store(f *flight, r *result, denied, void bool) {
 		p.cache.Fail(key, hash, nil, now)
 	case r.answer != nil && r.answer.Rcode == wire.RcodeServFail:
 		r.answer = p.cache.Fail(f.key, f.hash, r.answer, now)
-	default:
+	case r.answer != nil:
 		p.cache.Fail(f.key, f.hash, nil, now)
+	default:
+		a, err := p.servFail(q, r.ede)
+		if err != nil {
+			panic("pipeline: a SERVFAIL that cannot be read: " + err.Error()) // its question came from a client
+		}
+		p.cache.Unanswered(f.key, f.hash, a, now)
 	}
 }
 

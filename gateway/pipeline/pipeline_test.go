@@ -619,7 +619,9 @@ func TestServeWireAllocates(t *testing.T) {
 		ask(t, open, query(open, wire.TCP, pack(t, dig(name, dns.TypeA))))
 	}
 	clock.add(30 * time.Minute)
-	ask(t, patient, query(patient, wire.TCP, pack(t, dig("one.old.test.", dns.TypeA))))
+	for _, name := range []string{"one.old.test.", "unanswered.test."} {
+		ask(t, patient, query(patient, wire.TCP, pack(t, dig(name, dns.TypeA))))
+	}
 	hit := pack(t, dig("records.test.", dns.TypeTXT, padding))
 	for _, raw := range [][]byte{hit, pack(t, dig("big.test.", dns.TypeTXT)), pack(t, dig("nxdomain.test.", dns.TypeA)),
 		pack(t, dig("servfail.test.", dns.TypeA)), pack(t, dig("alias.test.", dns.TypeA, dnssec))} {
@@ -640,6 +642,7 @@ func TestServeWireAllocates(t *testing.T) {
 			{"hit with DO", open, pack(t, dig("alias.test.", dns.TypeA, dnssec)), wire.Answered},
 			{"large", open, pack(t, dig("big.test.", dns.TypeTXT)), wire.Answered}, // and truncated over UDP
 			{"SERVFAIL", open, pack(t, dig("servfail.test.", dns.TypeA)), wire.Answered},
+			{"no answer", patient, pack(t, dig("unanswered.test.", dns.TypeA)), wire.Answered},
 			{"NXDOMAIN", open, pack(t, dig("nxdomain.test.", dns.TypeA)), wire.Answered},
 			{"NXDOMAIN of another type", open, pack(t, dig("nxdomain.test.", dns.TypeMX)), wire.Answered},
 			{"NXDOMAIN of a name above", open, pack(t, dig("a.b.nxdomain.test.", dns.TypeMX)), wire.Answered},

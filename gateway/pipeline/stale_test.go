@@ -459,14 +459,106 @@ func TestServFail(t *testing.T) {
 			t.Errorf("asked %d times in 20 s", n)
 		}
 		up.asked.Store(0)
-		up.set("dead") // nothing to keep
-		for range 3 {
-			resolve(t, t.Context(), p, wire.UDP, dig("two.test.", dns.TypeA))
+		for range 3 { // what is neither an answer nor SERVFAIL is not kept
+			resolve(t, t.Context(), p, wire.UDP, dig("refused.test.", dns.TypeA))
 		}
 		if n := up.asked.Load(); n != 3 {
-			t.Errorf("no answer: asked %d times, want 3", n)
+			t.Errorf("REFUSED: asked %d times, want 3", n)
 		}
 	})
+}
+
+// TestUnanswered has a question that nobody answers for all who ask soon after it, longer each time; until upstreams are back.
+func TestUnanswered(t *testing.T) {
+	for _, mode := range []string{"silent", "dead"} {
+		synctest.Test(t, func(t *testing.T) {
+			var up upstream
+			seen := &events{}
+			p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Observer: seen})
+			up.set(mode)
+			takes := map[string]time.Duration{"silent": 3 * time.Second, "dead": 10 * time.Millisecond}[mode]
+			ask := func(name string, rcode int, outcome Outcome, took time.Duration) {
+				t.Helper()
+				begin := time.Now()
+				r := resolve(t, t.Context(), p, wire.TCP, dig(name, dns.TypeA))
+				e := seen.last(t)
+				if r.Rcode != rcode || e.outcome != outcome || time.Since(begin) != took || rcode != 0 != (len(edes(r)) == 1) {
+					t.Errorf("%s: %v after %v:\n%v\nwant RCODE %d, %v after %v", mode, e.outcome, time.Since(begin), r, rcode, outcome, took)
+				}
+			}
+			for _, life := range []time.Duration{1, 2, 4, 5, 5} {
+				ask("one.test.", dns.RcodeServerFailure, Miss, takes)
+				ask("one.test.", dns.RcodeServerFailure, Hit, 0)
+				time.Sleep(life*time.Second - time.Nanosecond)
+				ask("one.test.", dns.RcodeServerFailure, Hit, 0)
+				time.Sleep(time.Nanosecond)
+			}
+			ask("one.test.", dns.RcodeServerFailure, Miss, takes)
+			time.Sleep(time.Nanosecond)
+			up.heal() // after the failure, be it by a nanosecond
+			ask("one.test.", dns.RcodeSuccess, Miss, 10*time.Millisecond)
+			up.set(mode)
+			ask("one.test.", dns.RcodeSuccess, Hit, 0)
+		})
+	}
+}
+
+// TestGivenUpIsNotKept gives up questions for a newer one, and for want of anybody who waits: who asks later has them asked again.
+func TestGivenUpIsNotKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up upstream
+		p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Inflight: 1})
+		up.set("silent")
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		for _, name := range []string{"one.shed.test.", "one.left.test."} {
+			wg.Go(func() {
+				if r := resolve(t, ctx, p, wire.TCP, dig(name, dns.TypeA)); r.Rcode != dns.RcodeServerFailure {
+					t.Errorf("%s: got %v", name, r)
+				}
+			})
+			synctest.Wait()
+		}
+		cancel()
+		wg.Wait()
+		up.set("")
+		for _, name := range []string{"one.shed.test.", "one.left.test."} {
+			if r := resolve(t, t.Context(), p, wire.TCP, dig(name, dns.TypeA)); r.Rcode != dns.RcodeSuccess {
+				t.Errorf("%s: got %v", name, r)
+			}
+		}
+	})
+}
+
+// TestDenialBeforeFailure has a name fail for one type, and then denied for another one, or the name above it: the denial is true
+// for the first type as well.
+func TestDenialBeforeFailure(t *testing.T) {
+	for _, mode := range []string{"SERVFAIL", "dead"} {
+		for _, denied := range []string{"x.one.test.", "one.test."} {
+			synctest.Test(t, func(t *testing.T) {
+				var up upstream
+				seen := &events{}
+				p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Observer: seen})
+				for _, step := range []struct {
+					mode, name string
+					qtype      uint16
+					rcode      int
+					outcome    Outcome
+				}{
+					{mode, "x.one.test.", dns.TypeA, dns.RcodeServerFailure, Miss},
+					{mode, "x.one.test.", dns.TypeA, dns.RcodeServerFailure, Hit},
+					{"NXDOMAIN", denied, dns.TypeAAAA, dns.RcodeNameError, Miss},
+					{"NXDOMAIN", "x.one.test.", dns.TypeA, dns.RcodeNameError, Hit},
+				} {
+					up.set(step.mode)
+					r := resolve(t, t.Context(), p, wire.TCP, dig(step.name, step.qtype))
+					if got := seen.last(t); got.outcome != step.outcome || r.Rcode != step.rcode {
+						t.Errorf("%s is denied: %+v: got %v, RCODE %d", denied, step, got.outcome, r.Rcode)
+					}
+				}
+			})
+		}
+	}
 }
 
 // TestDenials has the NXDOMAIN of a name for its other types and for what is below it; for nothing else, and for no name that
