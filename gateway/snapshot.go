@@ -18,7 +18,6 @@ const saveGrace = 5 * time.Second
 type store interface {
 	LoadFile(path string, now int64) (entries int, err error)
 	SaveFile(path string, now int64) (entries int, err error)
-	FlushName(name []byte, below bool) (entries int)
 }
 
 // snapshot keeps the cache in a file while the program does not run.
@@ -88,11 +87,11 @@ func (s *snapshot) save(level slog.Level) {
 	s.failing = err != nil
 }
 
-// flush forgets answers as cache.FlushName does, in the file as well: nothing comes back with the next start. It waits for
-// the file to be read, as what is still in there would come back at once.
-func (s *snapshot) flush(name []byte, below bool) int {
+// flush has forget forget answers, and the file as well: nothing comes back with the next start. It waits for the file to be
+// read, as what is still in there would come back at once.
+func (s *snapshot) flush(forget func() int) int {
 	<-s.loaded
-	n := s.cache.FlushName(name, below)
+	n := forget()
 	select {
 	case s.flushed <- struct{}{}:
 	default: // a save is to come already
@@ -126,7 +125,7 @@ func (g *Gateway) keep(ctx context.Context) (end func()) {
 }
 
 // flush is what the admin endpoint does with the cache: it forgets the answers for a name in presentation form, with below
-// also those under it, and for "" all of them.
+// also those under it, and for "" all of them. What is asked after it has an answer from after it.
 func (g *Gateway) flush(name string, below bool) (int, error) {
 	root := []byte{0}
 	wireName, under := root, true
@@ -137,11 +136,12 @@ func (g *Gateway) flush(name string, below bool) (int, error) {
 		}
 		under = below
 	}
+	forget := func() int { return g.policy.Load().pipeline.Flush(wireName, under) }
 	var n int
 	if g.snapshot != nil {
-		n = g.snapshot.flush(wireName, under)
+		n = g.snapshot.flush(forget)
 	} else {
-		n = g.cache.FlushName(wireName, under)
+		n = forget()
 	}
 	g.log.Info("the cache was flushed", "entries", n, "all", name == "")
 	g.log.Debug("flushed", "name", name, "below", under)

@@ -272,6 +272,13 @@ func (c *Cache) Put(key []byte, hash uint64, a *wire.Answer, now int64) *wire.An
 	return &e.answer
 }
 
+// Clamp puts the TTLs of a, which nobody else has yet, between the bounds that Put would, if it may be kept.
+func (c *Cache) Clamp(a *wire.Answer) {
+	if life, low, high := c.lifetime(a); life > 0 {
+		a.ClampTTL(low, high)
+	}
+}
+
 // lifetime returns for how many seconds a may be kept, 0 if it may not, and between what its TTLs have to be.
 func (c *Cache) lifetime(a *wire.Answer) (life, low, high uint32) {
 	if life = a.Lifetime(); life == 0 {
@@ -329,8 +336,8 @@ func (c *Cache) Stats() Stats {
 }
 
 // FlushName forgets the answers for a name, which is in lower-case wire form: every type, DO, CD and view of it, and with
-// below everything under it: with the root's everything there is. It returns how many entries went. It looks at all
-// entries, one shard after the other.
+// below everything under it: with the root's everything there is. So go the denials of the names above it but the root,
+// which say that it does not exist either. It returns how many entries went. It looks at all entries, one shard after the other.
 func (c *Cache) FlushName(name []byte, below bool) (n int) {
 	if below && len(name) == 1 {
 		for i := range c.shards {
@@ -338,14 +345,28 @@ func (c *Cache) FlushName(name []byte, below bool) (n int) {
 		}
 		return n
 	}
-	match := func(key []byte) bool { return bytes.HasPrefix(key, name) }
-	if below {
-		match = func(key []byte) bool { return under(key, name) }
+	match := func(e *entry) bool {
+		own, above := Concerns(e.keyBytes(), name, below)
+		return own || above && e.answer.Denial()
 	}
 	for i := range c.shards {
 		n += c.shards[i].flushName(match)
 	}
 	return n
+}
+
+// Concerns says what a flush of name, as FlushName has it, is about in what has the given key: own says that it is all of it,
+// above that it is a denial of a name above, if it is one.
+func Concerns(key, name []byte, below bool) (own, above bool) {
+	if bytes.HasPrefix(key, name) || below && under(key, name) {
+		return true, false
+	}
+	for off := 0; name[off] != 0; off += 1 + int(name[off]) {
+		if bytes.HasPrefix(key, name[off:]) {
+			return false, true
+		}
+	}
+	return false, false
 }
 
 // under reports whether the name at the front of key is name or lies below it.

@@ -449,13 +449,13 @@ func (s *shard) flush() int {
 	return int(n)
 }
 
-// flushName drops the entries whose keys match, and returns how many.
-func (s *shard) flushName(match func(key []byte) bool) (n int) {
+// flushName drops the entries that match, and returns how many.
+func (s *shard) flushName(match func(e *entry) bool) (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i := range s.slots {
 		for e := s.slots[i].Load(); e != nil; e = e.chain.Load() {
-			if match(e.keyBytes()) {
+			if match(e) {
 				s.forget(e)
 				n++
 			}

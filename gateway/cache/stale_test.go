@@ -340,6 +340,33 @@ func TestFlushName(t *testing.T) {
 	}
 }
 
+// TestFlushNameDenials has denials of the names above go, and nothing else of theirs.
+func TestFlushNameDenials(t *testing.T) {
+	c := newCache(t, Config{})
+	soa := "--\nexample. 300 SOA ns.example. root.example. 1 2 3 4 60"
+	gone := answer(t, response(t, 3, soa))
+	if !gone.Denial() {
+		t.Fatal("no denial")
+	}
+	names := []string{".", "example.", "a.example.", "b.a.example.", "xa.example."}
+	for _, name := range names {
+		put(c, keyOf(name, 0, 0, 0), gone, start)
+		put(c, keyOf(name, 1, 0, 0), address(t, 300), start)
+		put(c, keyOf(name, 28, 0, 0), answer(t, response(t, 0, soa)), start)
+	}
+	if n := c.FlushName(nameOf("b.a.example."), false); n != 3+2 {
+		t.Errorf("%d entries went, want 5", n)
+	}
+	for _, name := range names {
+		for qtype, want := range map[uint16]bool{0: name == "." || name == "xa.example.", 1: name != "b.a.example.", 28: name != "b.a.example."} {
+			if _, ok := find(c, keyOf(name, qtype, 0, 0), start); ok != want {
+				t.Errorf("%s, type %d: is there: %v, want %v", name, qtype, ok, want)
+			}
+		}
+	}
+	check(t, c)
+}
+
 func nameOf(name string) []byte {
 	key := keyOf(name, 0, 0, 0)
 	return key[:len(key)-7]
