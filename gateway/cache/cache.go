@@ -279,6 +279,13 @@ func (c *Cache) Clamp(a *wire.Answer) {
 	}
 }
 
+// Drop forgets the entry for key, unless it was stored after the time since. It does not keep key.
+func (c *Cache) Drop(key []byte, hash uint64, since int64) {
+	if c.table.find(key, hash) != nil { // spares the lock, as there seldom is one
+		c.shard(hash).drop(key, hash, since)
+	}
+}
+
 // lifetime returns for how many seconds a may be kept, 0 if it may not, and between what its TTLs have to be.
 func (c *Cache) lifetime(a *wire.Answer) (life, low, high uint32) {
 	if life = a.Lifetime(); life == 0 {

@@ -327,6 +327,15 @@ func (s *shard) outdate(key []byte, hash uint64, now int64) {
 	}
 }
 
+// drop drops the entry for key, unless it was stored after the time since.
+func (s *shard) drop(key []byte, hash uint64, since int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e := s.table.find(key, hash); e != nil && e.stored <= since {
+		s.forget(e)
+	}
+}
+
 // restore takes in an entry of a snapshot, unless there is a good entry with its key or no room for it. It comes behind
 // all that is in its queue.
 func (s *shard) restore(e *entry, main bool) bool {

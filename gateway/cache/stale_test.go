@@ -367,6 +367,24 @@ func TestFlushNameDenials(t *testing.T) {
 	check(t, c)
 }
 
+// TestDrop drops what was there before, and nothing that came after.
+func TestDrop(t *testing.T) {
+	c := newCache(t, Config{})
+	key := []byte("key")
+	hash := c.Hash(key)
+	c.Drop(key, hash, start)
+	put(c, key, address(t, 300), start)
+	c.Drop(key, hash, start-1)
+	if _, ok := find(c, key, start); !ok {
+		t.Error("what came after is gone")
+	}
+	c.Drop(key, hash, start)
+	if _, ok := find(c, key, start); ok || c.Stats().Entries != 0 {
+		t.Error("what was there before is still there")
+	}
+	check(t, c)
+}
+
 func nameOf(name string) []byte {
 	key := keyOf(name, 0, 0, 0)
 	return key[:len(key)-7]

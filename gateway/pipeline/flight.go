@@ -299,7 +299,13 @@ func (p *Pipeline) store(f *flight, r *result, q wire.Question, denied bool) {
 		key, hash := p.nameKey(f.key)
 		r.answer = p.cache.Put(key, hash, r.answer, now)
 	case r.good():
-		r.answer = p.cache.Put(f.key, f.hash, r.answer, now)
+		a := r.answer
+		r.answer = p.cache.Put(f.key, f.hash, a, now)
+		if a.Rcode == wire.RcodeSuccess && (r.answer != a || !a.Negative() && !a.Truncated()) {
+			// The name exists, for whatever type: a denial from before does not hold any more.
+			key, hash := p.nameKey(f.key)
+			p.cache.Drop(key, hash, f.asked)
+		}
 	case void:
 	case denied:
 		// Its name has a good entry, though an old one, which no SERVFAIL may stand before.

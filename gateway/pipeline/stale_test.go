@@ -658,6 +658,60 @@ func TestDenialRefreshed(t *testing.T) {
 	})
 }
 
+// TestDenialGone has a name that comes into being: when that is known by one type, its denial does not stand before the others,
+// fresh or stale; unless it may be the newer of the two.
+func TestDenialGone(t *testing.T) {
+	type step struct {
+		mode  string
+		qtype uint16
+		rcode int
+		wait  time.Duration
+	}
+	for _, tt := range []struct {
+		name  string
+		steps []step
+	}{
+		{"a stale denial", []step{
+			{"NXDOMAIN", dns.TypeA, dns.RcodeNameError, 10 * time.Minute},
+			{"", dns.TypeA, dns.RcodeSuccess, 0},
+			{"dead", dns.TypeAAAA, dns.RcodeServerFailure, 0},
+		}},
+		{"a prefetched denial", []step{
+			{"NXDOMAIN", dns.TypeA, dns.RcodeNameError, time.Second},
+			{"NXDOMAIN", dns.TypeA, dns.RcodeNameError, 0},
+			{"NXDOMAIN", dns.TypeA, dns.RcodeNameError, 55 * time.Second},
+			{"", dns.TypeA, dns.RcodeNameError, 100 * time.Millisecond},
+			{"", dns.TypeAAAA, dns.RcodeSuccess, 0},
+		}},
+		{"a denial that came meanwhile", []step{
+			{"slow", dns.TypeA, dns.RcodeSuccess, 100 * time.Millisecond},
+			{"NXDOMAIN", dns.TypeAAAA, dns.RcodeNameError, 5 * time.Second},
+			{"", dns.TypeMX, dns.RcodeNameError, 0},
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var up upstream
+				p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Stale: StaleConfig{After: time.Second}})
+				var wg sync.WaitGroup
+				for i, step := range tt.steps {
+					up.set(step.mode)
+					wg.Go(func() {
+						if r := resolve(t, t.Context(), p, wire.TCP, dig("one.test.", step.qtype)); r.Rcode != step.rcode {
+							t.Errorf("step %d: RCODE %d, want %d", i, r.Rcode, step.rcode)
+						}
+					})
+					if step.mode != "slow" {
+						wg.Wait()
+					}
+					time.Sleep(step.wait)
+				}
+				wg.Wait()
+			})
+		})
+	}
+}
+
 // TestStaleWaits has a query that was received a second before its turn came: that second is part of what its client waits. And
 // its octets are the listener's again as soon as it has the stale answer: the question that is still under way has its own.
 func TestStaleWaits(t *testing.T) {
