@@ -32,6 +32,7 @@ type flight struct {
 	// Guarded by the lock of the shard.
 	waiting    int           // queries that want the answer
 	background bool          // goes on when there are none
+	spawned    bool          // flies on a goroutine of its own
 	flushed    bool          // its answer is not kept
 	over       bool          // result is there, and the flight is in no table and no list
 	done       chan struct{} // closed when it is over; nil until somebody has to wait for that

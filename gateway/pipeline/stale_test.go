@@ -381,6 +381,32 @@ func TestRunEnds(t *testing.T) {
 	})
 }
 
+// TestRunEndsLateFollower ends Run while the question of a late follower is under way, which flies on a goroutine of its own.
+func TestRunEndsLateFollower(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up upstream
+		up.set("silent")
+		p := mustNew(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Now: time.Now})
+		ctx, stop := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- p.Run(ctx) }()
+		var wg sync.WaitGroup
+		for range 2 {
+			wg.Go(func() { resolve(t, t.Context(), p, wire.TCP, dig("one.test.", dns.TypeA)) })
+			time.Sleep(2 * time.Second)
+		}
+		if n := up.asked.Load(); n != 2 || p.Inflight() != 1 {
+			t.Fatalf("%d questions left and %d are in flight, want 2 and 1", n, p.Inflight())
+		}
+		start := time.Now()
+		stop()
+		if err := <-ended; err != nil || time.Since(start) != 0 || p.Inflight() != 0 {
+			t.Errorf("Run ended with %v after %v, and %d in flight", err, time.Since(start), p.Inflight())
+		}
+		wg.Wait()
+	})
+}
+
 // TestPrefetch asks for a name every second: from the second life on it is renewed before its time is over, by one question.
 func TestPrefetch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

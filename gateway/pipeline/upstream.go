@@ -97,7 +97,7 @@ func (p *Pipeline) depart(f *flight, q *wire.Query, old *hit) bool {
 		}
 	}
 	s.mu.Unlock()
-	return p.spawn(func() { p.fly(f, question, denied) })
+	return p.spawn(f, func() { p.fly(f, question, denied) })
 }
 
 // wait waits until f is over, and reports true; or, when ctx ends or limit is over before, leaves it. A limit of 0 is none.
