@@ -83,7 +83,7 @@ func fill(m *Metrics) {
 	s.Done(time.Second, 200, "")
 	s.Done(0, -1, "") // a caller's mistake
 	s.Done(time.Second, -1, "timeout")
-	m.WatchCache(func() CacheStats { return CacheStats{1, 2, 3, 4, 5, 6} })
+	m.WatchCache(func() CacheStats { return CacheStats{1, 2, 3, 4, 5, 6, 7} })
 	m.WatchInflight(func() InflightStats { return InflightStats{Now: 7, Max: 8, Shed: 5} })
 	m.WatchListeners(func() []ListenerStats {
 		return []ListenerStats{{"a", "tcp", 1}, {"a", "tcp", 2}, {"b", "dot", 4}}
