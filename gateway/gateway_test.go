@@ -21,6 +21,8 @@ import (
 	"dnsgateway/gateway/config"
 	"dnsgateway/gateway/lab"
 	"dnsgateway/gateway/listen"
+	"dnsgateway/gateway/pipeline"
+	"dnsgateway/gateway/wire"
 )
 
 // load reads a configuration from text. The lab's CA and a certificate of it for localhost lie beside it.
@@ -128,6 +130,14 @@ func TestEveryListener(t *testing.T) {
 	}
 	if s := g.cacheStats(); s.Entries != 1 || s.MaxBytes != 64<<20 {
 		t.Errorf("cache after two questions for one name: got %+v", s)
+	}
+	for n, o := range []pipeline.Outcome{pipeline.Hit, pipeline.Stale, pipeline.Miss, pipeline.Local} {
+		for range 10 * (n + 1) {
+			newQueryObserver(g.metrics).Query(wire.DoT, 0, 0, o)
+		}
+	}
+	if s := g.cacheStats(); s.Hits != 11 || s.Stale != 20 || s.Misses != 31 {
+		t.Errorf("cache after a miss, a hit, and 10, 20 and 30 of each kind: got %+v", s)
 	}
 	if len(g.listenerStats()) != 4 {
 		t.Errorf("got %d listeners that count connections, want 4: %+v", len(g.listenerStats()), g.listenerStats())

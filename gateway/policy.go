@@ -50,7 +50,7 @@ func (g *Gateway) buildPolicy(cfg *config.Config) (_ *policy, err error) {
 			return nil, config.At(c.Place, err)
 		}
 		p.groups = append(p.groups, u)
-		groups[index[c.Name]] = pipeline.Group{Name: c.Name, Upstream: u, TrustAD: encrypted(c)}
+		groups[index[c.Name]] = pipeline.Group{Name: c.Name, Upstream: u, TrustAD: encrypted(c), Recovered: u.Recovered}
 	}
 	routes, err := route.New(routeRules(cfg.Rules, index))
 	if err != nil {

@@ -22,7 +22,6 @@ const saveGrace = 5 * time.Second
 type store interface {
 	LoadFile(ctx context.Context, path string, now int64) (entries int, err error)
 	SaveFile(path string, now int64, last cache.Saved) (cache.Saved, error)
-	FlushName(name []byte, below bool) (entries int)
 }
 
 // snapshot keeps the cache in a file while the program does not run.
@@ -125,10 +124,10 @@ func (s *snapshot) Stats() observe.SnapshotStats {
 	return s.stats
 }
 
-// flush forgets answers as cache.FlushName does, in the file as well: nothing comes back with the next start. It waits for
-// the file to be read, as what is still in there would come back at once. When ctx ends before, or a stop has ended the load,
+// flush has forget forget answers, and the file as well: nothing comes back with the next start. It waits for the file to be
+// read, as what is still in there would come back at once. When ctx ends before, or a stop has ended the load,
 // it forgets nothing and returns admin.ErrStopping.
-func (s *snapshot) flush(ctx context.Context, name []byte, below bool) (int, error) {
+func (s *snapshot) flush(ctx context.Context, forget func() int) (int, error) {
 	select {
 	case <-s.loaded:
 	case <-ctx.Done(): // the client has left, or was cut off by a stop
@@ -137,7 +136,7 @@ func (s *snapshot) flush(ctx context.Context, name []byte, below bool) (int, err
 	if s.partly {
 		return 0, admin.ErrStopping
 	}
-	n := s.cache.FlushName(name, below)
+	n := forget()
 	select {
 	case s.flushed <- struct{}{}:
 	default: // a save is to come already
@@ -174,7 +173,7 @@ func (g *Gateway) keep(ctx context.Context) (end func()) {
 }
 
 // flush is what the admin endpoint does with the cache: it forgets the answers for a name in presentation form, with below
-// also those under it, and for "" all of them.
+// also those under it, and for "" all of them. What is asked after it has an answer from after it.
 func (g *Gateway) flush(ctx context.Context, name string, below bool) (n int, err error) {
 	root := []byte{0}
 	wireName, under := root, true
@@ -184,12 +183,13 @@ func (g *Gateway) flush(ctx context.Context, name string, below bool) (n int, er
 		}
 		under = below
 	}
+	forget := func() int { return g.policy.Load().pipeline.Flush(wireName, under) }
 	if g.snapshot != nil {
-		if n, err = g.snapshot.flush(ctx, wireName, under); err != nil {
+		if n, err = g.snapshot.flush(ctx, forget); err != nil {
 			return 0, err
 		}
 	} else {
-		n = g.cache.FlushName(wireName, under)
+		n = forget()
 	}
 	g.log.Info("the cache was flushed", "entries", n, "all", name == "")
 	g.log.Debug("flushed", "name", name, "below", under)

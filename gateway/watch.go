@@ -68,7 +68,7 @@ func (g *Gateway) cacheStats() observe.CacheStats {
 	s := g.cache.Stats()
 	return observe.CacheStats{
 		Entries: s.Entries, Bytes: s.Bytes, MaxBytes: s.MaxBytes, Evictions: s.Evictions,
-		Hits: g.metrics.Queries(observe.Hit), Misses: g.metrics.Queries(observe.Miss) + g.metrics.Queries(observe.Stale),
+		Hits: g.metrics.Queries(observe.Hit), Stale: g.metrics.Queries(observe.Stale), Misses: g.metrics.Queries(observe.Miss),
 	}
 }
 

@@ -58,6 +58,65 @@ func TestStale(t *testing.T) {
 	noErrors(t, s.gateway)
 }
 
+// TestStaleRecovery heals the upstreams while stale answers are given: the next one is fresh, long before the 30 s of the failure
+// recheck timer, though nobody asks for anything else.
+func TestStaleRecovery(t *testing.T) {
+	for _, fault := range []string{"silent", "dead"} {
+		t.Run(fault, func(t *testing.T) {
+			var s setup
+			s.start(t, func() yaml {
+				return yaml{cache: "{size: 8MB, ttl: {max: 1s}, stale: {after: 300ms, for: 1h, ttl: 30s}, prefetch: off}",
+					upstreams: s.tiers("    deadline: 1s\n    breaker: {probe: 200ms, max_probe: 400ms}\n")}
+			})
+			c := dns.Client{Timeout: 5 * time.Second}
+			stale := func() bool {
+				m := new(dns.Msg).SetQuestion("www.lab.test.", dns.TypeA)
+				m.SetEdns0(1232, false)
+				resp, _, err := c.Exchange(m, s.plain)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if resp.Rcode != dns.RcodeSuccess || len(resp.Answer) == 0 {
+					t.Fatalf("got no answer:\n%v", resp)
+				}
+				return len(resp.IsEdns0().Option) > 0
+			}
+			if stale() {
+				t.Fatal("the first answer is stale")
+			}
+			for _, server := range s.lab.Servers() {
+				s.faultOf(t, server.Name(), fault)
+			}
+			for end := time.Now().Add(10 * time.Second); !stale(); {
+				if time.Now().After(end) {
+					t.Fatal("no stale answer")
+				}
+			}
+			// When the question has failed, nobody waits any more.
+			for quick, end := 0, time.Now().Add(10*time.Second); quick < 10; {
+				begin := time.Now()
+				if !stale() || begin.After(end) {
+					t.Fatal("want stale answers at once")
+				}
+				if quick++; time.Since(begin) > 200*time.Millisecond {
+					quick = 0
+				}
+			}
+			for _, server := range s.lab.Servers() {
+				s.faultOf(t, server.Name(), "ok")
+			}
+			healed := time.Now()
+			for stale() {
+				if time.Since(healed) > 5*time.Second+slack {
+					t.Fatal("the answers are still stale")
+				}
+			}
+			t.Logf("fresh %v after the upstreams were well", time.Since(healed).Round(time.Millisecond))
+			noErrors(t, s.gateway)
+		})
+	}
+}
+
 // TestNXDomainCut asks for a name that does not exist, and then, with all upstreams dead, for its other types and for names below it.
 func TestNXDomainCut(t *testing.T) {
 	s := newSetup(t, yaml{})

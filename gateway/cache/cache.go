@@ -42,6 +42,9 @@ const (
 	// failureLife is how long a SERVFAIL is kept, in seconds. RFC 9520, section 3.2 wants at least 1 s, RFC 2308, section 7
 	// at most 5 minutes.
 	failureLife = 5
+	// silenceLife is how long it is kept at first that nobody answered; the same section asks for longer with each failure
+	// in a row, which is twice as long here, up to failureLife.
+	silenceLife = 1
 	// recheckAfter is for how many seconds stale answers are given without asking again after asking has failed: the
 	// failure recheck timer of RFC 8767, section 5.
 	recheckAfter = 30
@@ -97,12 +100,12 @@ type Found struct {
 	Age uint32
 	// Stale says that Answer's time is over, by less than Config.StaleFor.
 	Stale bool
-	// Retry is set only with Stale: no asking has failed in the last 30 s, so upstream is to be asked before the stale answer
-	// is used. That is the failure recheck timer of RFC 8767, section 5.
-	Retry bool
-	// Prefetch tells the caller to renew the answer now: it is popular and near its end. No other caller is told so until the
-	// next Put for the key, or for 10 s; nobody is within 30 s of a Fail.
+	// Prefetch says that the answer is popular and near its end, and that nobody renews it: who wants to calls Claim.
 	Prefetch bool
+	// Failed is when asking has failed, Unix nanoseconds. With Stale and Prefetch that is less than 30 s ago, in whole seconds,
+	// and upstream should be left alone: it is the failure recheck timer of RFC 8767, section 5. Else Answer is the SERVFAIL
+	// of a question that nobody answered. 0: nothing of that.
+	Failed int64
 }
 
 // Stats are a cache's gauges and, since New, its counter. Hits are not counted here: on many cores that would cost more than
@@ -200,10 +203,13 @@ func (c *Cache) Get(key []byte, hash uint64, now int64) (f Found, ok bool) {
 	hits := e.hit(c.prefetchHits)
 	switch {
 	case state == stale:
-		f.Stale = true
-		f.Retry = !within(e.failed.Load(), now, recheckAfter)
-	case c.prefetchHits > 0 && hits >= c.prefetchHits:
-		f.Prefetch = c.prefetch(e, now)
+		f.Stale, f.Failed = true, lately(e.failed.Load(), now)
+	case e.failure:
+		if e.failed.Load() != 0 {
+			f.Failed = e.stored
+		}
+	case c.prefetchHits > 0 && hits >= c.prefetchHits && c.ending(e, now):
+		f.Prefetch, f.Failed = true, lately(e.failed.Load(), now)
 	}
 	return f, true
 }
@@ -220,15 +226,30 @@ func (c *Cache) Touch(hashes []uint64) {
 	}
 }
 
-// prefetch reports whether the caller is the one who is to renew e, which is fresh and popular.
-func (c *Cache) prefetch(e *entry, now int64) bool {
+// ending reports whether e, which is fresh, is near its end and nobody renews it.
+func (c *Cache) ending(e *entry, now int64) bool {
 	remaining := int64(e.life)*int64(time.Second) - (now - e.stored)
-	if float64(remaining) > float64(e.life)*c.prefetchShare || e.life < minPrefetchLife || e.failure ||
-		within(e.failed.Load(), now, recheckAfter) {
+	return float64(remaining) <= float64(e.life)*c.prefetchShare && e.life >= minPrefetchLife && !e.failure &&
+		!within(e.claimed.Load(), now, claimFor)
+}
+
+// Claim reports whether the caller is the one who is to renew the answer for key, which was found with Prefetch: nobody else
+// finds it so until the next Put for key, or for 10 s. It takes no lock, does not allocate and does not keep key.
+func (c *Cache) Claim(key []byte, hash uint64, now int64) bool {
+	e := c.table.find(key, hash)
+	if e == nil {
 		return false
 	}
 	last := e.claimed.Load()
-	return !within(last, now, claimFor) && e.claimed.CompareAndSwap(last, seconds(now))
+	return c.ending(e, now) && e.claimed.CompareAndSwap(last, seconds(now))
+}
+
+// lately returns the time at, which is 0 for never, in Unix nanoseconds if asking is not to be repeated so soon after it, else 0.
+func lately(at uint32, now int64) int64 {
+	if !within(at, now, recheckAfter) {
+		return 0
+	}
+	return int64(at) * int64(time.Second)
 }
 
 // seconds returns the time now in Unix seconds, which fit until 2106, and never 0.
@@ -261,6 +282,20 @@ func (c *Cache) Put(key []byte, hash uint64, a *wire.Answer, now int64) *wire.An
 	e.answer.ClampTTL(low, high)
 	c.shard(hash).put(e, now)
 	return &e.answer
+}
+
+// Clamp puts the TTLs of a, which nobody else has yet, between the bounds that Put would, if it may be kept.
+func (c *Cache) Clamp(a *wire.Answer) {
+	if life, low, high := c.lifetime(a); life > 0 {
+		a.ClampTTL(low, high)
+	}
+}
+
+// Drop forgets the entry for key, unless it was stored after the time since. It does not keep key.
+func (c *Cache) Drop(key []byte, hash uint64, since int64) {
+	if c.table.find(key, hash) != nil { // spares the lock, as there seldom is one
+		c.shard(hash).drop(key, hash, since)
+	}
 }
 
 // lifetime returns for how many seconds a may be kept, 0 if it may not, and between what its TTLs have to be.
@@ -296,6 +331,20 @@ func (c *Cache) Fail(key []byte, hash uint64, a *wire.Answer, now int64) *wire.A
 	return a
 }
 
+// Unanswered is Fail for a question that nobody answered; a is the SERVFAIL that says so to clients. It is kept for 1 s, and for
+// twice as long with each failure in a row, up to 5 s (RFC 9520, section 3.2). A row ends with an answer that may be kept, or
+// when nothing has failed for 30 s.
+func (c *Cache) Unanswered(key []byte, hash uint64, a *wire.Answer, now int64) {
+	life := uint32(silenceLife)
+	if old := c.table.find(key, hash); old != nil && old.failure && within(seconds(old.stored), now, recheckAfter) {
+		life = min(2*old.life, failureLife)
+	}
+	e := newEntry(key, hash, a, now, life)
+	e.failure = true
+	e.failed.Store(seconds(now))
+	c.shard(hash).fail(key, hash, e, now)
+}
+
 // Stats returns the sum over all shards, which are read one after the other.
 func (c *Cache) Stats() Stats {
 	s := Stats{MaxBytes: c.max}
@@ -306,8 +355,8 @@ func (c *Cache) Stats() Stats {
 }
 
 // FlushName forgets the answers for a name, which is in lower-case wire form: every type, DO, CD and view of it, and with
-// below everything under it: with the root's everything there is. It returns how many entries went. It looks at all
-// entries, one shard after the other.
+// below everything under it: with the root's everything there is. So go the denials of the names above it but the root,
+// which say that it does not exist either. It returns how many entries went. It looks at all entries, one shard after the other.
 func (c *Cache) FlushName(name []byte, below bool) (n int) {
 	if below && len(name) == 1 {
 		for i := range c.shards {
@@ -315,14 +364,28 @@ func (c *Cache) FlushName(name []byte, below bool) (n int) {
 		}
 		return n
 	}
-	match := func(key []byte) bool { return bytes.HasPrefix(key, name) }
-	if below {
-		match = func(key []byte) bool { return under(key, name) }
+	match := func(e *entry) bool {
+		own, above := Concerns(e.keyBytes(), name, below)
+		return own || above && e.answer.Denial()
 	}
 	for i := range c.shards {
 		n += c.shards[i].flushName(match)
 	}
 	return n
+}
+
+// Concerns says what a flush of name, as FlushName has it, is about in what has the given key: own says that it is all of it,
+// above that it is a denial of a name above, if it is one.
+func Concerns(key, name []byte, below bool) (own, above bool) {
+	if bytes.HasPrefix(key, name) || below && under(key, name) {
+		return true, false
+	}
+	for off := 0; name[off] != 0; off += 1 + int(name[off]) {
+		if bytes.HasPrefix(key, name[off:]) {
+			return false, true
+		}
+	}
+	return false, false
 }
 
 // under reports whether the name at the front of key is name or lies below it.

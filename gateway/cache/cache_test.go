@@ -519,11 +519,15 @@ func FuzzCache(f *testing.F) {
 				t.Fatalf("key %q: %+v, want %+v", key, f, want)
 			}
 			low, high := minTTL(f.Answer), slices.Max(ttls(f.Answer))
-			if f.Stale != (f.Age >= low) || f.Stale && f.Age-low >= staleFor || high > 100 || f.Retry && !f.Stale || f.Prefetch && f.Stale {
+			if f.Stale != (f.Age >= low) || f.Stale && f.Age-low >= staleFor || high > 100 || f.Prefetch && f.Stale {
 				t.Fatalf("key %q: TTLs %v in %+v", key, ttls(f.Answer), f)
 			}
-			if recent := want.failed > 0 && (now-want.failed)/second < recheckAfter-1; recent && (f.Retry || f.Prefetch) {
-				t.Fatalf("key %q: %+v so soon after a failure", key, f)
+			failed := int64(0)
+			if (f.Stale || f.Prefetch) && now/second-want.failed/second < recheckAfter {
+				failed = want.failed / second * second
+			}
+			if f.Failed != failed {
+				t.Fatalf("key %q: %+v, want Failed %d", key, f, failed)
 			}
 			want.age = f.Age
 		}

@@ -373,6 +373,15 @@ func (s *shard) outdate(key []byte, hash uint64, now int64) {
 	}
 }
 
+// drop drops the entry for key, unless it was stored after the time since.
+func (s *shard) drop(key []byte, hash uint64, since int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e := s.table.find(key, hash); e != nil && e.stored <= since {
+		s.forget(e)
+	}
+}
+
 // restore takes in an entry of a snapshot, unless there is a good entry with its key or no room for it. It comes behind
 // all that is in its queue.
 func (s *shard) restore(e *entry, main bool) bool {
@@ -495,13 +504,13 @@ func (s *shard) flush() int {
 	return int(n)
 }
 
-// flushName drops the entries whose keys match, and returns how many.
-func (s *shard) flushName(match func(key []byte) bool) (n int) {
+// flushName drops the entries that match, and returns how many.
+func (s *shard) flushName(match func(e *entry) bool) (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i := range s.slots {
 		for e := s.slots[i].Load(); e != nil; e = e.chain.Load() {
-			if match(e.keyBytes()) {
+			if match(e) {
 				s.forget(e)
 				n++
 			}

@@ -32,12 +32,12 @@ func TestStale(t *testing.T) {
 		want     string
 	}{
 		{"fresh", time.Minute, 10*second - 1, "age 9"},
-		{"over", time.Minute, 10 * second, "age 10, stale, retry"},
-		{"nearly gone", time.Minute, 70*second - 1, "age 69, stale, retry"},
+		{"over", time.Minute, 10 * second, "age 10, stale"},
+		{"nearly gone", time.Minute, 70*second - 1, "age 69, stale"},
 		{"gone", time.Minute, 70 * second, "none"},
 		{"without StaleFor", 0, 10 * second, "none"},
 		{"less than a second of StaleFor", time.Second - 1, 10 * second, "none"},
-		{"the longest", 1<<31*time.Second - time.Second, 1<<31*second + 8*second, "age 2147483656, stale, retry"},
+		{"the longest", 1<<31*time.Second - time.Second, 1<<31*second + 8*second, "age 2147483656, stale"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			c := newCache(t, Config{StaleFor: tt.staleFor})
@@ -48,8 +48,8 @@ func TestStale(t *testing.T) {
 				if f.Stale {
 					got += ", stale"
 				}
-				if f.Retry {
-					got += ", retry"
+				if f.Failed != 0 {
+					got += ", failed"
 				}
 			}
 			if got != tt.want {
@@ -59,8 +59,8 @@ func TestStale(t *testing.T) {
 	}
 }
 
-// TestRetry lets upstream fail while an answer is stale: it is asked again after 30 s.
-func TestRetry(t *testing.T) {
+// TestFailed lets upstream fail while an answer is stale: for 30 s that is known.
+func TestFailed(t *testing.T) {
 	c := newCache(t, Config{StaleFor: time.Hour})
 	key := []byte("key")
 	put(c, key, address(t, 10), start)
@@ -68,23 +68,22 @@ func TestRetry(t *testing.T) {
 	for _, a := range []*wire.Answer{nil, servfail(t)} {
 		c.Fail(key, c.Hash(key), a, now)
 		for _, tt := range []struct {
-			after int64
-			want  Found
+			after, want int64
 		}{
-			{0, Found{Stale: true}},
-			{29*second + second - 1, Found{Stale: true}},
-			{30 * second, Found{Stale: true, Retry: true}},
-			{-10 * second, Found{Stale: true, Retry: true}}, // the clock was set back
+			{0, now},
+			{29*second + second - 1, now},
+			{30 * second, 0},
+			{-10 * second, 0}, // the clock was set back
 		} {
 			f, ok := find(c, key, now+tt.after)
-			if !ok || f.Answer.Rcode != 0 || f.Stale != tt.want.Stale || f.Retry != tt.want.Retry {
-				t.Errorf("%d s after a failure: %+v, %v, want %+v", tt.after/second, f, ok, tt.want)
+			if !ok || f.Answer.Rcode != 0 || !f.Stale || f.Failed != tt.want {
+				t.Errorf("%d s after a failure: %+v, %v, want it stale, and Failed %d", tt.after/second, f, ok, tt.want)
 			}
 		}
 		now += 100 * second
 	}
 	put(c, key, address(t, 10), now)
-	if f, ok := find(c, key, now+10*second); !ok || !f.Stale || !f.Retry {
+	if f, ok := find(c, key, now+10*second); !ok || !f.Stale || f.Failed != 0 {
 		t.Errorf("a new answer has taken over the failure of the old one: %+v, %v", f, ok)
 	}
 }
@@ -100,7 +99,7 @@ func TestFail(t *testing.T) {
 	a := servfail(t)
 	c.Fail(key, hash, a, start)
 	f, ok := find(c, key, start+5*second-1)
-	if !ok || f.Answer == a || f.Answer.Rcode != 2 || f.Age != 4 || f.Stale || f.Retry || f.Prefetch {
+	if !ok || f.Answer == a || f.Answer.Rcode != 2 || f.Age != 4 || f.Stale || f.Failed != 0 || f.Prefetch {
 		t.Errorf("got %+v, %v", f, ok)
 	}
 	if diff := cmp.Diff(f.Answer.EDE, a.EDE); diff != "" {
@@ -143,6 +142,51 @@ func TestFail(t *testing.T) {
 	check(t, c)
 }
 
+// TestUnanswered has a question fail again and again for want of any answer.
+func TestUnanswered(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		before func(c *Cache, key []byte, now int64) // a second before the last failure
+		pause  int64                                 // seconds between the failures
+		want   []int64                               // how long each is kept
+	}{
+		{"in a row", nil, 10, []int64{1, 2, 4, 5, 5}},
+		{"at once", nil, 0, []int64{1, 2, 4, 5, 5}},
+		{"too seldom", nil, 30, []int64{1, 1, 1}},
+		{"an answer between them", func(c *Cache, key []byte, now int64) { put(c, key, address(t, 1), now) }, 10, []int64{1, 2, 1}},
+		{"a SERVFAIL between them", func(c *Cache, key []byte, now int64) { c.Fail(key, c.Hash(key), servfail(t), now) }, 10, []int64{1, 2, 5}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := newCache(t, Config{PrefetchHits: 1, PrefetchRemaining: 0.9})
+			key, now := []byte("key"), start+second/2
+			for i, want := range tt.want {
+				if tt.before != nil && i == len(tt.want)-1 {
+					tt.before(c, key, now-second)
+				}
+				c.Unanswered(key, c.Hash(key), servfail(t), now)
+				for _, at := range []int64{0, want*second - 1} {
+					f, ok := find(c, key, now+at)
+					if !ok || f.Answer.Rcode != 2 || len(f.Answer.EDE) != 1 || f.Failed != now || f.Stale || f.Prefetch {
+						t.Errorf("failure %d, after %d ns: %+v, %v, want Failed %d", i+1, at, f, ok, now)
+					}
+				}
+				if f, ok := find(c, key, now+want*second); ok {
+					t.Errorf("failure %d after %d s: %+v, want nothing", i+1, want, f)
+				}
+				now += tt.pause * second
+			}
+			check(t, c)
+		})
+	}
+	c := newCache(t, Config{StaleFor: time.Minute})
+	key := []byte("key")
+	good := put(c, key, address(t, 10), start)
+	c.Unanswered(key, c.Hash(key), servfail(t), start+20*second)
+	if f, ok := find(c, key, start+20*second); !ok || f.Answer != good || f.Failed != start+20*second {
+		t.Errorf("got %+v, %v, want the good answer, and that asking has failed", f, ok)
+	}
+}
+
 // TestOutdated puts what may not be kept over a stale answer.
 func TestOutdated(t *testing.T) {
 	for _, tt := range []struct {
@@ -176,11 +220,13 @@ func TestPrefetch(t *testing.T) {
 	c := newCache(t, Config{StaleFor: time.Minute, PrefetchHits: 3, PrefetchRemaining: 0.1})
 	key := []byte("key")
 	hash := c.Hash(key)
+	failed := int64(0)
 	at := func(ms int64, want bool) {
 		t.Helper()
-		f, ok := find(c, key, start+ms*second/1000)
-		if !ok || f.Prefetch != want {
-			t.Errorf("after %d ms: %+v, %v, want prefetch %v", ms, f, ok, want)
+		now := start + ms*second/1000
+		f, ok := find(c, key, now)
+		if !ok || f.Prefetch != want || !f.Stale && f.Failed != failed || want && (!c.Claim(key, c.Hash(key), now) || c.Claim(key, c.Hash(key), now)) {
+			t.Errorf("after %d ms: %+v, %v, want prefetch %v for one, and Failed %d", ms, f, ok, want, failed)
 		}
 	}
 	put(c, key, address(t, 300), start)
@@ -193,9 +239,11 @@ func TestPrefetch(t *testing.T) {
 	at(279999, false) // somebody does it already
 	at(280000, true)  // but has not
 	c.Fail(key, hash, nil, start+281*second)
-	at(292000, false) // upstream fails
+	failed = start + 281*second
+	at(292000, true) // to renew is the caller's decision
+	failed = 0
 	at(299999, false)
-	at(300000, false) // stale: that is Retry's
+	at(300000, false) // stale
 
 	put(c, key, address(t, 5), start+300*second) // counts anew, as popular as it is
 	at(304600, false)
@@ -224,7 +272,7 @@ func TestPrefetch(t *testing.T) {
 	at(4999, false) // nobody renews a failure
 }
 
-// TestPrefetchOnce lets many callers ask at once: one is told to prefetch.
+// TestPrefetchOnce lets many callers ask at once: one is to prefetch.
 func TestPrefetchOnce(t *testing.T) {
 	c := newCache(t, Config{PrefetchHits: 1, PrefetchRemaining: 0.5})
 	key := []byte("key")
@@ -236,7 +284,7 @@ func TestPrefetchOnce(t *testing.T) {
 		for range 8 {
 			wg.Go(func() {
 				for range 20 {
-					if f, _ := find(c, key, now+45*second); f.Prefetch {
+					if f, _ := find(c, key, now+45*second); f.Prefetch && c.Claim(key, c.Hash(key), now+45*second) {
 						told.Add(1)
 					}
 				}
@@ -244,7 +292,7 @@ func TestPrefetchOnce(t *testing.T) {
 		}
 		wg.Wait()
 		if n := told.Load(); n != 1 {
-			t.Fatalf("%d callers were told to prefetch, want 1", n)
+			t.Fatalf("%d callers are to prefetch, want 1", n)
 		}
 	}
 }
@@ -290,6 +338,51 @@ func TestFlushName(t *testing.T) {
 			check(t, c)
 		})
 	}
+}
+
+// TestFlushNameDenials has denials of the names above go, and nothing else of theirs.
+func TestFlushNameDenials(t *testing.T) {
+	c := newCache(t, Config{})
+	soa := "--\nexample. 300 SOA ns.example. root.example. 1 2 3 4 60"
+	gone := answer(t, response(t, 3, soa))
+	if !gone.Denial() {
+		t.Fatal("no denial")
+	}
+	names := []string{".", "example.", "a.example.", "b.a.example.", "xa.example."}
+	for _, name := range names {
+		put(c, keyOf(name, 0, 0, 0), gone, start)
+		put(c, keyOf(name, 1, 0, 0), address(t, 300), start)
+		put(c, keyOf(name, 28, 0, 0), answer(t, response(t, 0, soa)), start)
+	}
+	if n := c.FlushName(nameOf("b.a.example."), false); n != 3+2 {
+		t.Errorf("%d entries went, want 5", n)
+	}
+	for _, name := range names {
+		for qtype, want := range map[uint16]bool{0: name == "." || name == "xa.example.", 1: name != "b.a.example.", 28: name != "b.a.example."} {
+			if _, ok := find(c, keyOf(name, qtype, 0, 0), start); ok != want {
+				t.Errorf("%s, type %d: is there: %v, want %v", name, qtype, ok, want)
+			}
+		}
+	}
+	check(t, c)
+}
+
+// TestDrop drops what was there before, and nothing that came after.
+func TestDrop(t *testing.T) {
+	c := newCache(t, Config{})
+	key := []byte("key")
+	hash := c.Hash(key)
+	c.Drop(key, hash, start)
+	put(c, key, address(t, 300), start)
+	c.Drop(key, hash, start-1)
+	if _, ok := find(c, key, start); !ok {
+		t.Error("what came after is gone")
+	}
+	c.Drop(key, hash, start)
+	if _, ok := find(c, key, start); ok || c.Stats().Entries != 0 {
+		t.Error("what was there before is still there")
+	}
+	check(t, c)
 }
 
 func nameOf(name string) []byte {

@@ -29,6 +29,9 @@
 //	         no questions until a probe has told, which begins at once
 //	failing  open: failures in a row, a probe in vain, or answers that other servers refuted. Probed every few seconds
 //
+// A server that has failed a question to which nobody had an answer is probed as well, though it stays in use: that tells
+// whether it was the server, and when it is back ([Group.Recovered]).
+//
 // A failing server comes back when probes are answered as promptly as before. One that lost or broke questions has to
 // answer a row of them. Suspect and failing servers are the last resort: asked when no other has an answer.
 //

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"dnsgateway/gateway/wire"
@@ -132,7 +133,8 @@ type Group struct {
 	budget   budget
 	searches sync.Pool // of *search
 	log      *slog.Logger
-	boot     *bootstrap // nil when no server has a host name
+	boot     *bootstrap   // nil when no server has a host name
+	back     atomic.Int64 // when a server was last back, Unix nanoseconds
 
 	mu     sync.RWMutex // orders closed and calls.Add
 	closed bool
@@ -314,6 +316,10 @@ func (g *Group) Status() []ServerStatus {
 	}
 	return all
 }
+
+// Recovered returns when a server last answered again that had given no answer before, in Unix nanoseconds; 0 if none has. What
+// the group had no answer to before that may have one now. A server that only some names are too slow for was never gone.
+func (g *Group) Recovered() int64 { return g.back.Load() }
 
 // Close closes all connections, ends what is in flight, and waits for it. Run has to be ended before by its context.
 func (g *Group) Close() error {

@@ -100,6 +100,8 @@ type memory struct {
 	why         trouble // of suspect and failing
 	since       time.Time
 	fails       int     // in a row
+	doubted     bool    // nobody had an answer to a question, and it has given none since: watch asks it
+	vain        bool    // and it has not answered at once
 	unanswered  int     // late queries in a row since which nothing came at all
 	lateShare   float64 // decaying share of the queries that were late
 	lostShare   float64 // decaying share of those that broke, or were late where another server was not
@@ -148,7 +150,9 @@ func (s *server) inherit(old *server) {
 func (s *server) answered(now, sent time.Time, d time.Duration, rcode uint16) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lastAnswer, s.fails, s.unanswered = now, 0, 0
+	gone := s.fails > 0 || s.vain
+	s.lastAnswer, s.unanswered = now, 0
+	s.soundLocked()
 	s.lateShare -= s.lateShare * lateWeight
 	s.lostShare -= s.lostShare * lostWeight
 	if !noAnswer(rcode) {
@@ -170,7 +174,70 @@ func (s *server) answered(now, sent time.Time, d time.Duration, rcode uint16) {
 		}
 		s.recoverLocked(now)
 	}
+	if gone {
+		s.group.back.Store(now.UnixNano())
+	}
 	s.sampleLocked(now, d)
+}
+
+// soundLocked ends the failures in a row, and every doubt; s.mu is held.
+func (s *server) soundLocked() { s.fails, s.doubted, s.vain = 0, false, false }
+
+// doubt notes that nobody in the group had an answer to a question that s was asked at the time sent. If s has answered nothing
+// else since, watch asks it: without other questions nobody would find out whether it was the name or the server, and when
+// the server is back.
+func (s *server) doubt(sent time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.doubted || s.away.Load() || s.lastAnswer.After(sent) {
+		return
+	}
+	s.doubted = true
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// doubtful reports whether s, which is in use, has answered nothing since it came into doubt.
+func (s *server) doubtful() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.doubted && !s.away.Load()
+}
+
+// reassure probes s, which is in doubt. If it answers at once, it was the name; if it does not, it is back when it answers
+// again, be it the next moment.
+func (s *server) reassure(ctx context.Context, timeout time.Duration) {
+	if s.probe(ctx, s.quick(s.bound()), rootQuery) == nil {
+		s.settle(time.Now(), true)
+		return
+	}
+	s.mu.Lock()
+	s.vain = s.doubted
+	s.mu.Unlock()
+	well, _ := s.verify(ctx, timeout, StateFailing, troubleSilent)
+	if ctx.Err() == nil {
+		s.settle(time.Now(), well)
+	}
+}
+
+// settle notes what the probes of a server in doubt have shown.
+func (s *server) settle(now time.Time, well bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case !s.doubted || s.away.Load(): // somebody else has found out
+	case well:
+		if s.vain {
+			s.group.back.Store(now.UnixNano())
+		}
+		s.soundLocked()
+	default:
+		if s.fails++; s.fails >= s.breaker.OpenAfter {
+			s.failLocked(now, troubleErrors)
+		}
+	}
 }
 
 // heard notes an answer that nobody waited for any more. It says that the server lives. It is no sample of its latency:
@@ -219,10 +286,14 @@ func (s *server) recoverLocked(now time.Time) {
 	if was == StateOK {
 		return
 	}
-	s.state, s.since, s.tries, s.fails, s.unanswered, s.refutals = StateOK, now, 0, 0, 0, 0
+	s.state, s.since, s.tries, s.unanswered, s.refutals = StateOK, now, 0, 0, 0
+	s.soundLocked()
 	s.lateShare, s.lostShare = 0, 0
 	s.outrunBy, s.good, s.recovered = nil, 0, was != StateUnknown
 	s.away.Store(false)
+	if was == StateFailing {
+		s.group.back.Store(now.UnixNano())
+	}
 	s.obs.State(StateOK)
 	if was != StateUnknown {
 		s.log.Info("upstream recovered", "after", down.Round(time.Millisecond).String())
@@ -300,7 +371,8 @@ func (s *server) failed(now time.Time, d time.Duration, err error) {
 	defer s.mu.Unlock()
 	if kind == KindMalformed {
 		// It lives. What cannot be read of this name may be the name's fault: refuted tells, as for a SERVFAIL.
-		s.lastAnswer, s.fails = now, 0
+		s.lastAnswer = now
+		s.soundLocked()
 		return
 	}
 	s.lastErr = err.Error()
@@ -428,7 +500,7 @@ func (s *server) status() ServerStatus {
 	return st
 }
 
-// watch probes the server while it is suspect or failing, until ctx ends.
+// watch probes the server while it is suspect or failing, or in doubt, until ctx ends.
 func (s *server) watch(ctx context.Context, timeout time.Duration) {
 	s.watched.Store(true)
 	defer s.watched.Store(false)
@@ -449,10 +521,16 @@ func (s *server) watch(ctx context.Context, timeout time.Duration) {
 			}
 			s.verified(time.Now(), well, why, took)
 		}
+		var again <-chan time.Time
+		if s.doubtful() {
+			s.reassure(ctx, timeout)
+			again = time.After(s.breaker.Probe)
+		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-s.wake:
+		case <-again:
 		}
 	}
 }
@@ -506,8 +584,7 @@ func (s *server) verify(ctx context.Context, timeout time.Duration, state string
 	}
 	s.mu.Unlock()
 	// What was suspected may have been some slow names at once: then the connection that is open answers.
-	quick := min(bound, max(quickProbe, 4*time.Duration(s.hedge.Load())))
-	if state != StateSuspect || s.probe(ctx, quick, rootQuery) != nil {
+	if state != StateSuspect || s.probe(ctx, s.quick(bound), rootQuery) != nil {
 		if c, ok := s.client.(renewer); ok {
 			c.renew(quickProbe / 2)
 		}
@@ -531,6 +608,11 @@ func (s *server) verify(ctx context.Context, timeout time.Duration, state string
 	}
 	// The root's servers are at hand even where all else is not.
 	return s.probe(ctx, bound, outrunBy) == nil, took
+}
+
+// quick returns how long the answer to a probe may take over a connection that may be dead; the bound is for one that is not.
+func (s *server) quick(bound time.Duration) time.Duration {
+	return min(bound, max(quickProbe, 4*time.Duration(s.hedge.Load())))
 }
 
 // verifyAnswers is verify for a server whose answers were refuted. It may have forwarded them; it is also well when it can

@@ -712,3 +712,72 @@ func TestPreviousSame(t *testing.T) {
 		}
 	}
 }
+
+// TestRecovered asks a group of one server, and nothing else while it waits: it knows when the server is back, and that it never
+// was gone when a name alone has no answer.
+func TestRecovered(t *testing.T) {
+	deafTo := func(prefix string) hearing {
+		return func(name string) (time.Duration, bool) { return 10 * time.Millisecond, strings.HasPrefix(name, prefix) }
+	}
+	for _, tt := range []struct {
+		name   string
+		broken hearing
+		asked  int           // questions, all in vain
+		longer time.Duration // the fault goes on
+		open   int           // Breaker.OpenAfter
+		states string
+		want   bool
+	}{
+		{"one question in an outage", deaf, 1, 5 * time.Second, 0, "unknown ok failing ok", true},
+		{"one question in a short outage", deaf, 1, 150 * time.Millisecond, 100, "unknown ok", true},
+		{"questions in an outage", deaf, 5, 5 * time.Second, 0, "unknown ok failing ok", true},
+		{"a name without an answer", deafTo("lost"), 1, 5 * time.Second, 0, "unknown ok", false},
+		{"names without an answer", deafTo("lost"), 5, 5 * time.Second, 0, "unknown ok", false},
+	} {
+		for _, watched := range []bool{true, false} {
+			if !watched && !tt.want {
+				continue // nobody can tell
+			}
+			t.Run(fmt.Sprint(tt.name, "/watched=", watched), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					o := newTally()
+					g, servers := piping(t, Config{Observer: o, Breaker: Breaker{OpenAfter: tt.open}}, "a")
+					stop := func() { g.Close() }
+					if watched {
+						stop = running(t, g)
+					}
+					defer stop()
+					for range 20 {
+						mustAsk(t, g, "name.test.", "a")
+					}
+					if n := g.Recovered(); n != 0 {
+						t.Errorf("recovered at %v before anything has failed", time.Unix(0, n))
+					}
+					servers["a"].set(tt.broken)
+					for i := range tt.asked {
+						if _, err := g.Exchange(t.Context(), question(fmt.Sprintf("lost%d.test.", i))); err == nil {
+							t.Fatal("an answer")
+						}
+					}
+					time.Sleep(tt.longer)
+					healed := time.Now()
+					servers["a"].set(after(10 * time.Millisecond))
+					if watched {
+						time.Sleep(2 * defaultProbe) // a probe may be waiting for its answer when the server comes back
+					} else {
+						mustAsk(t, g, "name.test.", "a")
+					}
+					if got := g.Recovered() >= healed.UnixNano(); got != tt.want {
+						t.Errorf("recovered after the fault: %v, want %v", got, tt.want)
+					}
+					if !tt.want && g.Recovered() != 0 {
+						t.Error("it was never gone, and has recovered")
+					}
+					if got := o.servers["a"].history(); watched && got != tt.states {
+						t.Errorf("got states %q, want %q", got, tt.states)
+					}
+				})
+			})
+		}
+	}
+}

@@ -470,6 +470,11 @@ func (s *search) finish(now time.Time, resp *wire.Answer, timeUp bool) (*wire.An
 	case errors.Is(s.parent.Err(), context.Canceled):
 		return nil, context.Cause(s.parent)
 	}
+	if !s.short {
+		for i := range s.attempts {
+			s.plan[i].doubt(s.attempts[i].start)
+		}
+	}
 	return nil, &NoAnswerError{Group: s.g.name, Causes: s.causes}
 }
 

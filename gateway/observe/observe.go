@@ -89,10 +89,11 @@ func (c eventCollector) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// CacheStats is the cache as it is seen at one moment. The last three only grow.
+// CacheStats is the cache as it is seen at one moment. The counters only grow; Hits, Stale and Misses are all queries that it was
+// asked for.
 type CacheStats struct {
-	Entries, Bytes, MaxBytes int64
-	Hits, Misses, Evictions  uint64
+	Entries, Bytes, MaxBytes       int64
+	Hits, Stale, Misses, Evictions uint64
 }
 
 // SnapshotStats are the saves of the cache to its file. All but Failures is about the last one that went well, and zero before
@@ -212,7 +213,8 @@ var (
 	cacheBytes     = desc("dnsgateway_cache_bytes", "Memory that the cached answers take.")
 	cacheMaxBytes  = desc("dnsgateway_cache_max_bytes", "Memory that cached answers may take.")
 	cacheHits      = desc("dnsgateway_cache_hits_total", "Queries that were answered with a live answer of the cache.")
-	cacheMisses    = desc("dnsgateway_cache_misses_total", "Queries for which the cache had no live answer.")
+	cacheStale     = desc("dnsgateway_cache_stale_total", "Queries that were answered with a stale answer of the cache.")
+	cacheMisses    = desc("dnsgateway_cache_misses_total", "Queries that upstreams answered, or nobody.")
 	cacheEvictions = desc("dnsgateway_cache_evictions_total", "Answers thrown out to make room.")
 	connections    = desc("dnsgateway_connections", "Open client connections.", "listener", "transport")
 	inflightNow    = desc("dnsgateway_inflight_misses", "Cache misses being resolved.")
@@ -235,7 +237,7 @@ type stateCollector struct{ m *Metrics }
 
 // Describe implements prometheus.Collector.
 func (c stateCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{cacheEntries, cacheBytes, cacheMaxBytes, cacheHits, cacheMisses, cacheEvictions,
+	for _, d := range []*prometheus.Desc{cacheEntries, cacheBytes, cacheMaxBytes, cacheHits, cacheStale, cacheMisses, cacheEvictions,
 		connections, inflightNow, inflightMax, unsent,
 		snapshotSaved, snapshotTook, snapshotEntries, snapshotBytes, snapshotFailures} {
 		ch <- d
@@ -256,6 +258,7 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 		gauge(cacheBytes, float64(s.Bytes))
 		gauge(cacheMaxBytes, float64(s.MaxBytes))
 		counter(cacheHits, s.Hits)
+		counter(cacheStale, s.Stale)
 		counter(cacheMisses, s.Misses)
 		counter(cacheEvictions, s.Evictions)
 	}

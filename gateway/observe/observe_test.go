@@ -83,7 +83,7 @@ func fill(m *Metrics) {
 	s.Done(time.Second, 200, "")
 	s.Done(0, -1, "") // a caller's mistake
 	s.Done(time.Second, -1, "timeout")
-	m.WatchCache(func() CacheStats { return CacheStats{1, 2, 3, 4, 5, 6} })
+	m.WatchCache(func() CacheStats { return CacheStats{1, 2, 3, 4, 5, 6, 7} })
 	m.WatchInflight(func() InflightStats { return InflightStats{Now: 7, Max: 8, Shed: 5, Unsent: 9} })
 	m.WatchSnapshot(func() SnapshotStats {
 		return SnapshotStats{Saved: time.Unix(1750000000, 250e6), Took: 1500 * time.Millisecond, Entries: 9, Bytes: 990, Failures: 10}

@@ -18,7 +18,8 @@
 //	match      route     the upstream group, by QNAME alone: whatever the type or class, private names stay with theirs
 //	exchange   Exchanger a fresh query with nothing of the client's but the question, DO and CD
 //	check      pipeline  may this be passed on? What can be wrong with bytes its upstream has looked for; see upstream.go
-//	store      cache     lifetimes decide (RFC 2308); SERVFAIL for 5 s and never over a good answer; truncated ones never
+//	store      cache     lifetimes decide (RFC 2308); SERVFAIL for 5 s, no answer for 1 s and more, neither over a good answer;
+//	                     truncated ones never; nor what was asked before a Flush
 //	stale      pipeline  what was known before, after Config.Stale.After or when upstreams fail; the exchange goes on for the cache
 //	shape      wire      the same last step as in a cache hit, so that both are equal byte by byte
 //

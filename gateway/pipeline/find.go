@@ -24,8 +24,26 @@ type hit struct {
 	skip   int
 }
 
-// usable reports whether h is an answer that goes out before upstreams are asked, or without it.
-func (p *Pipeline) usable(h *hit) bool { return !h.Stale || !h.Retry || p.stale.After <= 0 }
+// failure reports whether h is a SERVFAIL, which the cache keeps for some seconds and has never stale.
+func (h *hit) failure() bool { return h.Answer.Rcode == wire.RcodeServFail }
+
+// usable reports whether h, which was found for q, is an answer that goes out before upstreams are asked, or without it.
+func (p *Pipeline) usable(q *wire.Query, h *hit) bool {
+	return !h.Stale || p.stale.After <= 0 || p.held(q, h)
+}
+
+// held reports whether asking for h, which was found for q, has failed so lately that it is left alone: within the failure
+// recheck timer of RFC 8767, section 5, unless upstreams have come back since. That timer is there to spare those that do not
+// answer, and they do.
+func (p *Pipeline) held(q *wire.Query, h *hit) bool {
+	return h.Failed != 0 && !p.over(q.Name, h.Failed)
+}
+
+// over reports whether the group of name has come back after the time failed.
+func (p *Pipeline) over(name []byte, failed int64) bool {
+	g := &p.groups[p.groupOf(name)]
+	return g.Recovered != nil && g.Recovered() > failed
+}
 
 // key returns the cache key of q, which has a sound IN question, and its hash.
 func (p *Pipeline) key(q *wire.Query) ([]byte, uint64) {
@@ -35,21 +53,26 @@ func (p *Pipeline) key(q *wire.Query) ([]byte, uint64) {
 
 // find looks for an answer to q, which has a sound IN question, at the time now: the one for its type, then the denial of its
 // name, and then, if above is true, of the names above it. Of the first two a fresh one is better than a stale one, and a newer
-// than an older; names above count only as long as they are fresh (RFC 8020, section 2).
+// than an older; names above count only as long as they are fresh (RFC 8020, section 2). A failure is what there is instead of
+// all of these, and the failure of upstreams that have come back is none.
 //
 // A denial of a name above is taken only where q would be asked of the same group: another group may have names that this one
 // knows nothing of.
 func (p *Pipeline) find(q *wire.Query, now int64, above bool) (h hit, ok bool) {
 	key, hash := p.key(q)
 	h.Found, ok = p.cache.Get(key, hash, now)
-	if ok && !h.Stale {
+	failure := ok && h.failure()
+	if ok && !h.Stale && !failure {
 		return h, true
 	}
-	key = q.NameKey(p.view, 0)
-	if d, found := p.cache.Get(key, p.hash(key), now); found && d.Answer.Denial() && (!ok || !d.Stale || d.Age < h.Age) {
-		h, ok = hit{Found: d, denial: true}, true
+	if failure && h.Failed != 0 && p.over(q.Name, h.Failed) {
+		h, ok, failure = hit{}, false, false
 	}
-	if ok && !h.Stale || !above {
+	key = q.NameKey(p.view, 0)
+	if d, found := p.cache.Get(key, p.hash(key), now); found && d.Answer.Denial() && (!ok || failure || !d.Stale || d.Age < h.Age) {
+		h, ok, failure = hit{Found: d, denial: true}, true, false
+	}
+	if ok && !h.Stale && !failure || !above {
 		return h, ok
 	}
 	labels := 0
@@ -75,15 +98,24 @@ func (p *Pipeline) appendHit(dst []byte, q *wire.Query, h *hit) []byte {
 	if h.Stale {
 		dst = p.shape.AppendStale(dst, q, h.Answer, p.stale.TTL)
 		p.observe(q, h.Answer.Rcode, Stale)
-		if h.Retry && p.stale.After <= 0 {
+		if p.stale.After <= 0 && !p.held(q, h) {
 			p.renew(q, h)
 		}
 		return dst
 	}
 	dst = p.shape.AppendAnswer(dst, q, h.Answer, h.Age)
 	p.observe(q, h.Answer.Rcode, Hit)
-	if h.Prefetch {
+	if h.Prefetch && !p.held(q, h) && p.claim(q, h) {
 		p.renew(q, h)
 	}
 	return dst
+}
+
+// claim reports whether q is the one by which h is to be prefetched.
+func (p *Pipeline) claim(q *wire.Query, h *hit) bool {
+	key := q.Key(p.view)
+	if h.denial {
+		key = q.NameKey(p.view, h.skip)
+	}
+	return p.cache.Claim(key, p.hash(key), q.Received)
 }

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"dnsgateway/gateway/cache"
 	"dnsgateway/gateway/wire"
 )
 
@@ -26,10 +27,13 @@ type flight struct {
 
 	ctx    context.Context // of the exchange
 	cancel context.CancelCauseFunc
+	asked  int64 // when it left, Unix nanoseconds; written and read by who flies it
 
 	// Guarded by the lock of the shard.
 	waiting    int           // queries that want the answer
 	background bool          // goes on when there are none
+	spawned    bool          // flies on a goroutine of its own
+	flushed    bool          // its answer is not kept
 	over       bool          // result is there, and the flight is in no table and no list
 	done       chan struct{} // closed when it is over; nil until somebody has to wait for that
 	prev, next *flight       // the neighbours in the list: older and newer
@@ -201,7 +205,7 @@ func (p *Pipeline) joinForNobody(ctx context.Context, s *tableShard, key []byte,
 func (p *Pipeline) begin(ctx context.Context, key []byte, hash uint64, q *wire.Query) *flight {
 	f := &flight{hash: hash, seq: p.sequence.Add(1), began: q.Received, transport: q.Transport}
 	if key != nil {
-		f.key = bytes.Clone(key)
+		f.key = append(make([]byte, 0, 2*len(key)), key...) // with room for nameKey's
 	}
 	f.ctx, f.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	return f
@@ -262,19 +266,32 @@ func (p *Pipeline) fly(f *flight, q wire.Question, denied bool) {
 		s.mu.Unlock()
 		f.cancel(nil)
 	}()
+	f.asked = p.now().UnixNano()
 	r = p.exchange(f, q)
-	p.store(f, &r, denied)
+	p.store(f, &r, q, denied)
 }
 
 // store keeps in the cache what r says, and puts into r what clients are to be sent: its TTLs are within the cache's bounds.
 //
 // A SERVFAIL is kept for some seconds, as RFC 9520, section 3.2 has it, so that clients who try again at once do not send each
-// try upstream. That no server gave any answer is not kept, though that section asks for a second at least: it is about the
-// way to the servers and not about the name. Those that do not answer are left alone by their group, whatever is asked;
-// as long as all are silent a name is asked for once in the deadline, since all who ask follow; and when one is back, nobody
-// waits for a memory of the time without.
-func (p *Pipeline) store(f *flight, r *result, denied bool) {
+// try upstream. So is that nobody gave any answer, for a shorter time at first: else each try would wait until the group's
+// time is over, one after the other. When the group has come back, find passes over that. It is never kept where there is a
+// good answer, though an old one.
+//
+// It holds the lock of the shard, so that Flush either sees f and has nothing kept, or finds in the cache what was.
+func (p *Pipeline) store(f *flight, r *result, q wire.Question, denied bool) {
 	if p.cache == nil || f.key == nil {
+		return
+	}
+	// Given up, or its servers have come back while it waited in vain: that says nothing about the question.
+	void := r.answer == nil && (f.ctx.Err() != nil || p.over(q.Name, f.asked))
+	s := p.flights.shard(f.hash)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if f.flushed || f.over { // over: it was shed, and is in no list in which Flush would see it
+		if r.answer != nil {
+			p.cache.Clamp(r.answer)
+		}
 		return
 	}
 	now := p.now().UnixNano()
@@ -283,23 +300,58 @@ func (p *Pipeline) store(f *flight, r *result, denied bool) {
 		key, hash := p.nameKey(f.key)
 		r.answer = p.cache.Put(key, hash, r.answer, now)
 	case r.good():
-		r.answer = p.cache.Put(f.key, f.hash, r.answer, now)
-	case r.answer == nil && f.ctx.Err() != nil:
-		// Given up: that says nothing about the question.
+		a := r.answer
+		r.answer = p.cache.Put(f.key, f.hash, a, now)
+		if a.Rcode == wire.RcodeSuccess && (r.answer != a || !a.Negative() && !a.Truncated()) {
+			// The name exists, for whatever type: a denial from before does not hold any more.
+			key, hash := p.nameKey(f.key)
+			p.cache.Drop(key, hash, f.asked)
+		}
+	case void:
 	case denied:
 		// Its name has a good entry, though an old one, which no SERVFAIL may stand before.
 		key, hash := p.nameKey(f.key)
 		p.cache.Fail(key, hash, nil, now)
 	case r.answer != nil && r.answer.Rcode == wire.RcodeServFail:
 		r.answer = p.cache.Fail(f.key, f.hash, r.answer, now)
-	default:
+	case r.answer != nil:
 		p.cache.Fail(f.key, f.hash, nil, now)
+	default:
+		a, err := p.servFail(q, r.ede)
+		if err != nil {
+			panic("pipeline: a SERVFAIL that cannot be read: " + err.Error()) // its question came from a client
+		}
+		p.cache.Unanswered(f.key, f.hash, a, now)
 	}
 }
 
-// nameKey returns the key for all types of the name in key, and its hash.
+// Flush forgets the answers for a name as [cache.Cache.FlushName] does, and returns how many there were. Questions under way that
+// it is about, which upstreams may have answered before, go on for those who wait for them; nobody follows them any more, and
+// their answers are not kept. So whoever asks after Flush gets an answer from after it was called.
+func (p *Pipeline) Flush(name []byte, below bool) (entries int) {
+	for i := range p.flights {
+		s := &p.flights[i]
+		s.mu.Lock()
+		for f := s.oldest; f != nil; f = f.next {
+			if f.key == nil {
+				continue
+			}
+			if own, above := cache.Concerns(f.key, name, below); own || above {
+				f.flushed = true
+				s.hide(f)
+			}
+		}
+		s.mu.Unlock()
+	}
+	if p.cache == nil {
+		return 0
+	}
+	return p.cache.FlushName(name, below) // last: what was kept until now goes, and nothing follows
+}
+
+// nameKey returns the key for all types of the name in key, and its hash. It takes the room behind key if there is enough.
 func (p *Pipeline) nameKey(key []byte) ([]byte, uint64) {
-	key = bytes.Clone(key)
+	key = append(key, key...)[len(key):]
 	wire.TurnNameKey(key)
 	return key, p.hash(key)
 }

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -110,7 +111,32 @@ func FuzzFastEqualsSlow(f *testing.F) {
 		followed(t, honest(t), q, want)
 		below(t, fast, q, unpack(t, want))
 		stale(t, q)
+		unanswered(t, q)
 	})
+}
+
+// whyNot is an error that tells the client why there is no answer.
+type whyNot string
+
+func (e whyNot) Error() string                   { return string(e) }
+func (e whyNot) ExtendedError() (uint16, string) { return dns.ExtendedErrorCodeNetworkError, string(e) }
+
+// unanswered holds the response to q when nobody answers equal to the one that the cache gives after it.
+func unanswered(t *testing.T, q *wire.Query) {
+	t.Helper()
+	asked := false
+	up := exchange(func(context.Context, *dns.Msg) (*dns.Msg, error) {
+		asked = true
+		return nil, whyNot(strings.Repeat("ü", len(q.Raw)%200))
+	})
+	want, _ := ask(t, mustNew(t, Config{Groups: []Group{{Upstream: up}}}), query(mustNew(t, Config{}), q.Transport, bytes.Clone(q.Raw)))
+	p := mustNew(t, Config{Groups: []Group{{Upstream: up}}, Cache: staleCache(t)})
+	first, _ := ask(t, p, query(p, q.Transport, bytes.Clone(q.Raw)))
+	p.groups[0].Upstream = noUpstream(t)
+	second, v := ask(t, p, query(p, q.Transport, bytes.Clone(q.Raw)))
+	if !bytes.Equal(first, want) || !bytes.Equal(second, want) || (v == wire.Answered) != (asked && q.Kind == wire.Plain) {
+		t.Errorf("%x: nobody answers:\n%x\n%x, %v\nwant\n%x", q.Raw, first, second, v, want)
+	}
 }
 
 // followed holds the response of a query that follows another one, of the same name in another letter case, equal to want,

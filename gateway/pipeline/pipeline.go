@@ -94,6 +94,9 @@ type Group struct {
 	// TrustAD says that the AD bit of upstream's responses may be believed: its servers are authenticated, and validate
 	// (RFC 4035, section 4.9.3). Without it AD is never set.
 	TrustAD bool
+	// Recovered returns when Upstream last had an answer again after it had none, in Unix nanoseconds, 0 if never: what failed
+	// before that need not wait to be asked again. It is safe for concurrent use and allocates nothing. nil: nobody knows.
+	Recovered func() int64
 }
 
 // StaleConfig says when answers go out whose time is over, RFC 8767. For how long the cache keeps them is its own business.
@@ -273,7 +276,7 @@ func (p *Pipeline) ServeWire(dst []byte, q *wire.Query) (out []byte, v wire.Verd
 		return dst, wire.Miss
 	}
 	h, ok := p.find(q, q.Received, true)
-	if !ok || !p.usable(&h) {
+	if !ok || !p.usable(q, &h) {
 		return dst, wire.Miss
 	}
 	return p.appendHit(dst, q, &h), wire.Answered

@@ -611,12 +611,19 @@ func TestServeWireAllocates(t *testing.T) {
 	open := mustNew(t, everything)
 	limited := mustNew(t, Config{Cache: store, Observer: nothing{}, Now: clock.Now, Access: mustAccess(t, access.Config{PerClient: 0.001})})
 	closed := mustNew(t, Config{Cache: store, Observer: nothing{}, Now: clock.Now, Access: mustAccess(t, access.Config{Everywhere: true})})
+	var down upstream
+	down.set("dead")
+	patient := mustNew(t, Config{Cache: store, Observer: nothing{}, Now: clock.Now, Routes: routes, Groups: []Group{down.group()},
+		Stale: StaleConfig{After: time.Hour}})
 	padding := option(&dns.EDNS0_PADDING{Padding: make([]byte, 8)})
 	// The time of these answers is over in all that follows, and nobody has to be asked before they are used.
 	for _, name := range []string{"one.old.test.", "nxdomain.old.test."} {
 		ask(t, open, query(open, wire.TCP, pack(t, dig(name, dns.TypeA))))
 	}
 	clock.add(30 * time.Minute)
+	for _, name := range []string{"one.old.test.", "unanswered.test."} {
+		ask(t, patient, query(patient, wire.TCP, pack(t, dig(name, dns.TypeA))))
+	}
 	hit := pack(t, dig("records.test.", dns.TypeTXT, padding))
 	for _, raw := range [][]byte{hit, pack(t, dig("big.test.", dns.TypeTXT)), pack(t, dig("nxdomain.test.", dns.TypeA)),
 		pack(t, dig("servfail.test.", dns.TypeA)), pack(t, dig("alias.test.", dns.TypeA, dnssec))} {
@@ -637,10 +644,12 @@ func TestServeWireAllocates(t *testing.T) {
 			{"hit with DO", open, pack(t, dig("alias.test.", dns.TypeA, dnssec)), wire.Answered},
 			{"large", open, pack(t, dig("big.test.", dns.TypeTXT)), wire.Answered}, // and truncated over UDP
 			{"SERVFAIL", open, pack(t, dig("servfail.test.", dns.TypeA)), wire.Answered},
+			{"no answer", patient, pack(t, dig("unanswered.test.", dns.TypeA)), wire.Answered},
 			{"NXDOMAIN", open, pack(t, dig("nxdomain.test.", dns.TypeA)), wire.Answered},
 			{"NXDOMAIN of another type", open, pack(t, dig("nxdomain.test.", dns.TypeMX)), wire.Answered},
 			{"NXDOMAIN of a name above", open, pack(t, dig("a.b.nxdomain.test.", dns.TypeMX)), wire.Answered},
 			{"stale", open, pack(t, dig("one.old.test.", dns.TypeA)), wire.Answered},
+			{"stale after a failure", patient, pack(t, dig("one.old.test.", dns.TypeA)), wire.Answered},
 			{"stale NXDOMAIN", open, pack(t, dig("nxdomain.old.test.", dns.TypeAAAA)), wire.Answered},
 			{"miss", open, pack(t, dig("two.test.", dns.TypeTXT)), wire.Miss},
 			{"odd", open, pack(t, dig("two.test.", dns.TypeANY)), wire.Miss},

@@ -61,7 +61,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 		s := &p.flights[i]
 		s.mu.Lock() // what begins in the background has seen stopped, or is in the list
 		for f := s.oldest; f != nil; f = f.next {
-			if f.background {
+			if f.background || f.spawned {
 				f.cancel(errStopped)
 			}
 		}
@@ -82,7 +82,7 @@ func (p *Pipeline) renewNow(ctx context.Context, r *renewal) {
 	now := p.now().UnixNano()
 	q := wire.Query{Name: r.name[:r.length], Qtype: r.qtype, Qclass: wire.ClassIN, Flags: r.flags, DO: r.do, Received: now}
 	if r.stale {
-		if h, ok := p.find(&q, now, false); ok && !(h.Stale && h.Retry) {
+		if h, ok := p.find(&q, now, false); ok && !(h.Stale && !p.held(&q, &h)) {
 			return
 		}
 	}
@@ -93,13 +93,17 @@ func (p *Pipeline) renewNow(ctx context.Context, r *renewal) {
 	}
 }
 
-// spawn runs fly on a goroutine that Run waits for. It reports false when Run ends.
-func (p *Pipeline) spawn(fly func()) bool {
+// spawn runs fly, which flies f, on a goroutine that Run waits for. It reports false when Run ends.
+func (p *Pipeline) spawn(f *flight, fly func()) bool {
 	p.mu.RLock()
 	defer p.mu.RUnlock()
 	if p.stopped.Load() {
 		return false
 	}
+	s := p.flights.shard(f.hash)
+	s.mu.Lock()
+	f.spawned = true
+	s.mu.Unlock()
 	p.flying.Go(fly)
 	return true
 }

@@ -23,11 +23,20 @@ import (
 type upstream struct {
 	asked atomic.Int64
 	mode  atomic.Pointer[string] // what it does; nil: it answers like world
+	back  atomic.Int64           // when it recovered
 }
 
 func (u *upstream) set(mode string) { u.mode.Store(&mode) }
 
-func (u *upstream) group() Group { return Group{Upstream: exchange(u.exchange)} }
+// heal makes u answer, and tell so.
+func (u *upstream) heal() {
+	u.set("")
+	u.back.Store(time.Now().UnixNano())
+}
+
+func (u *upstream) group() Group {
+	return Group{Upstream: exchange(u.exchange), Recovered: u.back.Load}
+}
 
 func (u *upstream) exchange(ctx context.Context, req *dns.Msg) (*dns.Msg, error) {
 	u.asked.Add(1)
@@ -201,6 +210,116 @@ func TestStaleRetry(t *testing.T) {
 	})
 }
 
+// TestStaleRecovered has upstreams come back soon after a stale name was asked for in vain: the next one who asks has it asked for
+// again, and again after each recovery, but for what another group serves.
+func TestStaleRecovered(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		after time.Duration
+		want  Outcome // of the first query after the recovery
+	}{
+		{"one.test.", 1800 * time.Millisecond, Miss}, {"nxdomain.test.", 1800 * time.Millisecond, Miss},
+		{"one.test.", 0, Stale}, {"nxdomain.test.", 0, Stale},
+	} {
+		t.Run(fmt.Sprint(tt.name, tt.after), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var up, other upstream
+				seen := &events{}
+				p := running(t, Config{Groups: []Group{other.group(), up.group()}, Cache: staleCache(t), Stale: StaleConfig{After: tt.after},
+					Observer: seen, Routes: mustRoutes(t, route.Rule{Group: 1, Below: []string{"test"}})})
+				ask := func() Outcome {
+					seen.list = nil
+					resolve(t, t.Context(), p, wire.TCP, dig(tt.name, dns.TypeA))
+					return seen.last(t).outcome
+				}
+				ask()
+				for range 3 {
+					time.Sleep(10 * time.Minute)
+					for _, mode := range []string{"dead", "SERVFAIL", "silent"} {
+						up.set(mode)
+						up.asked.Store(0)
+						for i := range 5 {
+							if got := ask(); got != Stale {
+								t.Fatalf("%s, query %d: %v, want a stale answer", mode, i, got)
+							}
+							time.Sleep(4 * time.Second) // longer than a question takes
+							other.heal()
+						}
+						if n := up.asked.Load(); n != 1 {
+							t.Errorf("%s: asked %d times, want once", mode, n)
+						}
+						up.back.Store(time.Now().UnixNano()) // and gone again, but for the last one
+						time.Sleep(time.Second)              // the cache remembers failures by the second
+					}
+					up.heal()
+					if got := ask(); got != tt.want {
+						t.Errorf("first query after the recovery: %v, want %v", got, tt.want)
+					}
+					time.Sleep(20 * time.Millisecond)
+					if got := ask(); got != Hit {
+						t.Errorf("second query after the recovery: %v, want a fresh answer", got)
+					}
+				}
+			})
+		})
+	}
+}
+
+// TestRecoveredMeanwhile has upstreams come back while a question waits in vain for one that is gone: that it failed says nothing
+// about the time from then on.
+func TestRecoveredMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up upstream
+		p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Stale: StaleConfig{After: 1800 * time.Millisecond}})
+		m := dig("one.test.", dns.TypeA)
+		resolve(t, t.Context(), p, wire.TCP, m)
+		time.Sleep(10 * time.Minute)
+		up.set("silent")
+		if r := resolve(t, t.Context(), p, wire.TCP, m); len(edes(r)) != 1 {
+			t.Errorf("got %v, want a stale answer", r)
+		}
+		up.heal()
+		time.Sleep(5 * time.Second)
+		if r := resolve(t, t.Context(), p, wire.TCP, m); len(r.Answer) != 1 || len(edes(r)) != 0 {
+			t.Errorf("got %v, want a fresh answer", r)
+		}
+	})
+}
+
+// TestPrefetchRecovered has the renewal of a popular answer fail: it is tried again after 30 s, or as soon as upstreams are back
+// and nobody else can be about it.
+func TestPrefetchRecovered(t *testing.T) {
+	for _, tt := range []struct {
+		back bool
+		want int // seconds from one renewal to the next
+	}{{true, 10}, {false, 30}} {
+		synctest.Test(t, func(t *testing.T) {
+			var up upstream
+			p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t)})
+			var at []int
+			for i := 0; len(at) < 3; i++ {
+				resolve(t, t.Context(), p, wire.UDP, dig("one.test.", dns.TypeA))
+				time.Sleep(time.Second)
+				if int(up.asked.Load()) == len(at) {
+					continue
+				}
+				switch at = append(at, i); len(at) {
+				case 1:
+					up.set("dead")
+				case 2:
+					up.set("")
+					if tt.back {
+						up.heal()
+					}
+				}
+			}
+			if got := at[2] - at[1]; got != tt.want {
+				t.Errorf("back %v: renewed after %d s, want %d", tt.back, got, tt.want)
+			}
+		})
+	}
+}
+
 // TestStaleShed gives up a question whose clients have a stale answer: they get that.
 func TestStaleShed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -259,6 +378,32 @@ func TestRunEnds(t *testing.T) {
 		if r := resolve(t, t.Context(), p, wire.TCP, one); len(r.Answer) != 1 || p.Inflight() != 0 {
 			t.Errorf("after Run: %v, %d in flight", r, p.Inflight())
 		}
+	})
+}
+
+// TestRunEndsLateFollower ends Run while the question of a late follower is under way, which flies on a goroutine of its own.
+func TestRunEndsLateFollower(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up upstream
+		up.set("silent")
+		p := mustNew(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Now: time.Now})
+		ctx, stop := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- p.Run(ctx) }()
+		var wg sync.WaitGroup
+		for range 2 {
+			wg.Go(func() { resolve(t, t.Context(), p, wire.TCP, dig("one.test.", dns.TypeA)) })
+			time.Sleep(2 * time.Second)
+		}
+		if n := up.asked.Load(); n != 2 || p.Inflight() != 1 {
+			t.Fatalf("%d questions left and %d are in flight, want 2 and 1", n, p.Inflight())
+		}
+		start := time.Now()
+		stop()
+		if err := <-ended; err != nil || time.Since(start) != 0 || p.Inflight() != 0 {
+			t.Errorf("Run ended with %v after %v, and %d in flight", err, time.Since(start), p.Inflight())
+		}
+		wg.Wait()
 	})
 }
 
@@ -340,14 +485,106 @@ func TestServFail(t *testing.T) {
 			t.Errorf("asked %d times in 20 s", n)
 		}
 		up.asked.Store(0)
-		up.set("dead") // nothing to keep
-		for range 3 {
-			resolve(t, t.Context(), p, wire.UDP, dig("two.test.", dns.TypeA))
+		for range 3 { // what is neither an answer nor SERVFAIL is not kept
+			resolve(t, t.Context(), p, wire.UDP, dig("refused.test.", dns.TypeA))
 		}
 		if n := up.asked.Load(); n != 3 {
-			t.Errorf("no answer: asked %d times, want 3", n)
+			t.Errorf("REFUSED: asked %d times, want 3", n)
 		}
 	})
+}
+
+// TestUnanswered has a question that nobody answers for all who ask soon after it, longer each time; until upstreams are back.
+func TestUnanswered(t *testing.T) {
+	for _, mode := range []string{"silent", "dead"} {
+		synctest.Test(t, func(t *testing.T) {
+			var up upstream
+			seen := &events{}
+			p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Observer: seen})
+			up.set(mode)
+			takes := map[string]time.Duration{"silent": 3 * time.Second, "dead": 10 * time.Millisecond}[mode]
+			ask := func(name string, rcode int, outcome Outcome, took time.Duration) {
+				t.Helper()
+				begin := time.Now()
+				r := resolve(t, t.Context(), p, wire.TCP, dig(name, dns.TypeA))
+				e := seen.last(t)
+				if r.Rcode != rcode || e.outcome != outcome || time.Since(begin) != took || rcode != 0 != (len(edes(r)) == 1) {
+					t.Errorf("%s: %v after %v:\n%v\nwant RCODE %d, %v after %v", mode, e.outcome, time.Since(begin), r, rcode, outcome, took)
+				}
+			}
+			for _, life := range []time.Duration{1, 2, 4, 5, 5} {
+				ask("one.test.", dns.RcodeServerFailure, Miss, takes)
+				ask("one.test.", dns.RcodeServerFailure, Hit, 0)
+				time.Sleep(life*time.Second - time.Nanosecond)
+				ask("one.test.", dns.RcodeServerFailure, Hit, 0)
+				time.Sleep(time.Nanosecond)
+			}
+			ask("one.test.", dns.RcodeServerFailure, Miss, takes)
+			time.Sleep(time.Nanosecond)
+			up.heal() // after the failure, be it by a nanosecond
+			ask("one.test.", dns.RcodeSuccess, Miss, 10*time.Millisecond)
+			up.set(mode)
+			ask("one.test.", dns.RcodeSuccess, Hit, 0)
+		})
+	}
+}
+
+// TestGivenUpIsNotKept gives up questions for a newer one, and for want of anybody who waits: who asks later has them asked again.
+func TestGivenUpIsNotKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up upstream
+		p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Inflight: 1})
+		up.set("silent")
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		for _, name := range []string{"one.shed.test.", "one.left.test."} {
+			wg.Go(func() {
+				if r := resolve(t, ctx, p, wire.TCP, dig(name, dns.TypeA)); r.Rcode != dns.RcodeServerFailure {
+					t.Errorf("%s: got %v", name, r)
+				}
+			})
+			synctest.Wait()
+		}
+		cancel()
+		wg.Wait()
+		up.set("")
+		for _, name := range []string{"one.shed.test.", "one.left.test."} {
+			if r := resolve(t, t.Context(), p, wire.TCP, dig(name, dns.TypeA)); r.Rcode != dns.RcodeSuccess {
+				t.Errorf("%s: got %v", name, r)
+			}
+		}
+	})
+}
+
+// TestDenialBeforeFailure has a name fail for one type, and then denied for another one, or the name above it: the denial is true
+// for the first type as well.
+func TestDenialBeforeFailure(t *testing.T) {
+	for _, mode := range []string{"SERVFAIL", "dead"} {
+		for _, denied := range []string{"x.one.test.", "one.test."} {
+			synctest.Test(t, func(t *testing.T) {
+				var up upstream
+				seen := &events{}
+				p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Observer: seen})
+				for _, step := range []struct {
+					mode, name string
+					qtype      uint16
+					rcode      int
+					outcome    Outcome
+				}{
+					{mode, "x.one.test.", dns.TypeA, dns.RcodeServerFailure, Miss},
+					{mode, "x.one.test.", dns.TypeA, dns.RcodeServerFailure, Hit},
+					{"NXDOMAIN", denied, dns.TypeAAAA, dns.RcodeNameError, Miss},
+					{"NXDOMAIN", "x.one.test.", dns.TypeA, dns.RcodeNameError, Hit},
+				} {
+					up.set(step.mode)
+					r := resolve(t, t.Context(), p, wire.TCP, dig(step.name, step.qtype))
+					if got := seen.last(t); got.outcome != step.outcome || r.Rcode != step.rcode {
+						t.Errorf("%s is denied: %+v: got %v, RCODE %d", denied, step, got.outcome, r.Rcode)
+					}
+				}
+			})
+		}
+	}
 }
 
 // TestDenials has the NXDOMAIN of a name for its other types and for what is below it; for nothing else, and for no name that
@@ -445,6 +682,60 @@ func TestDenialRefreshed(t *testing.T) {
 			time.Sleep(step.wait)
 		}
 	})
+}
+
+// TestDenialGone has a name that comes into being: when that is known by one type, its denial does not stand before the others,
+// fresh or stale; unless it may be the newer of the two.
+func TestDenialGone(t *testing.T) {
+	type step struct {
+		mode  string
+		qtype uint16
+		rcode int
+		wait  time.Duration
+	}
+	for _, tt := range []struct {
+		name  string
+		steps []step
+	}{
+		{"a stale denial", []step{
+			{"NXDOMAIN", dns.TypeA, dns.RcodeNameError, 10 * time.Minute},
+			{"", dns.TypeA, dns.RcodeSuccess, 0},
+			{"dead", dns.TypeAAAA, dns.RcodeServerFailure, 0},
+		}},
+		{"a prefetched denial", []step{
+			{"NXDOMAIN", dns.TypeA, dns.RcodeNameError, time.Second},
+			{"NXDOMAIN", dns.TypeA, dns.RcodeNameError, 0},
+			{"NXDOMAIN", dns.TypeA, dns.RcodeNameError, 55 * time.Second},
+			{"", dns.TypeA, dns.RcodeNameError, 100 * time.Millisecond},
+			{"", dns.TypeAAAA, dns.RcodeSuccess, 0},
+		}},
+		{"a denial that came meanwhile", []step{
+			{"slow", dns.TypeA, dns.RcodeSuccess, 100 * time.Millisecond},
+			{"NXDOMAIN", dns.TypeAAAA, dns.RcodeNameError, 5 * time.Second},
+			{"", dns.TypeMX, dns.RcodeNameError, 0},
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var up upstream
+				p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Stale: StaleConfig{After: time.Second}})
+				var wg sync.WaitGroup
+				for i, step := range tt.steps {
+					up.set(step.mode)
+					wg.Go(func() {
+						if r := resolve(t, t.Context(), p, wire.TCP, dig("one.test.", step.qtype)); r.Rcode != step.rcode {
+							t.Errorf("step %d: RCODE %d, want %d", i, r.Rcode, step.rcode)
+						}
+					})
+					if step.mode != "slow" {
+						wg.Wait()
+					}
+					time.Sleep(step.wait)
+				}
+				wg.Wait()
+			})
+		})
+	}
 }
 
 // TestStaleWaits has a query that was received a second before its turn came: that second is part of what its client waits. And
@@ -563,6 +854,31 @@ func TestPrefetchQuestion(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestPrefetchBoundary has a denial found near its end for a name below that goes to another group, which it says nothing about:
+// that renews nothing, and takes the renewal from nobody.
+func TestPrefetchBoundary(t *testing.T) {
+	clock := newClock()
+	var up, corp upstream
+	p := mustNew(t, Config{Cache: staleCache(t), Now: clock.Now, Groups: []Group{up.group(), corp.group()},
+		Routes: mustRoutes(t, route.Rule{Group: 1, Below: []string{"corp.nxdomain.test"}})})
+	for range 4 {
+		resolve(t, t.Context(), p, wire.TCP, dig("nxdomain.test.", dns.TypeA))
+	}
+	clock.add(55 * time.Second)
+	for _, tt := range []struct {
+		name string
+		want int // renewals
+	}{{"one.corp.nxdomain.test.", 0}, {"x.nxdomain.test.", 1}, {"x.nxdomain.test.", 1}} {
+		resolve(t, t.Context(), p, wire.TCP, dig(tt.name, dns.TypeA))
+		if n := len(p.renewals); n != tt.want {
+			t.Errorf("%s: %d to renew, want %d", tt.name, n, tt.want)
+		}
+	}
+	if n := corp.asked.Load(); n != 1 {
+		t.Errorf("the other group was asked %d times, want once", n)
 	}
 }
 

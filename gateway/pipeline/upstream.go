@@ -43,12 +43,13 @@ func (p *Pipeline) resolve(ctx context.Context, dst []byte, q *wire.Query) []byt
 	for {
 		ended := s.ended.Load()
 		if key != nil && p.cache != nil {
-			// For Odd queries, whose Plain form may be known; for answers that have come meanwhile; and for stale ones.
+			// For Odd queries, whose Plain form may be known; for answers that have come meanwhile; and for stale ones. The failure
+			// of the flight that a query has followed in vain is for those who came after it.
 			var ok bool
-			if h, ok = p.find(q, now, q.Kind != wire.Plain); ok && p.usable(&h) {
+			if h, ok = p.find(q, now, q.Kind != wire.Plain); ok && p.usable(q, &h) && !(owed > 0 && h.failure()) {
 				return p.appendHit(dst, q, &h)
 			}
-			if old = nil; ok {
+			if old = nil; ok && h.Stale {
 				old = &h
 			}
 			key = q.Key(p.view)
@@ -96,7 +97,7 @@ func (p *Pipeline) depart(f *flight, q *wire.Query, old *hit) bool {
 		}
 	}
 	s.mu.Unlock()
-	return p.spawn(func() { p.fly(f, question, denied) })
+	return p.spawn(f, func() { p.fly(f, question, denied) })
 }
 
 // wait waits until f is over, and reports true; or, when ctx ends or limit is over before, leaves it. A limit of 0 is none.
@@ -153,6 +154,14 @@ func (p *Pipeline) exchange(f *flight, q wire.Question) result {
 			f.transport.String(), "err", err)
 	}
 	return result{ede: extendedError(err), outcome: Miss, late: late(err)}
+}
+
+// servFail returns the response to q that says ede, as the cache takes it.
+func (p *Pipeline) servFail(q wire.Question, ede wire.EDE) (*wire.Answer, error) {
+	msg := p.shape.AppendError(nil, &wire.Query{Transport: wire.TCP, Name: q.Name, Qtype: q.Qtype, Qclass: q.Qclass, EDNS: true},
+		wire.RcodeServFail, ede)
+	a, _, err := wire.ReadAnswer(msg)
+	return a, err
 }
 
 // groupOf returns the number of the group that questions for name go to.
