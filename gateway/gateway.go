@@ -111,6 +111,9 @@ func New(cfg *config.Config, o Options) (*Gateway, error) {
 	return g, nil
 }
 
+// Expect is told what comes next by the one door that every transport enters by.
+func (g *Gateway) Expect(qs []wire.Query) { g.policy.Load().pipeline.Expect(qs) }
+
 // ServeWire is the fast half of the one door that every transport enters by.
 func (g *Gateway) ServeWire(dst []byte, q *wire.Query) ([]byte, wire.Verdict) {
 	return g.policy.Load().pipeline.ServeWire(dst, q)

@@ -176,7 +176,7 @@ func aborted(h http.Handler, w http.ResponseWriter, r *http.Request) (yes bool) 
 }
 
 // fuzzHandler answers every query, half of them after a miss, and drops a few.
-type fuzzHandler struct{}
+type fuzzHandler struct{ surprised }
 
 func (fuzzHandler) ServeWire(dst []byte, q *wire.Query) ([]byte, wire.Verdict) {
 	switch {

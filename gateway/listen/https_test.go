@@ -684,7 +684,7 @@ func TestJSON(t *testing.T) {
 
 // jsonFake answers as the names of TestJSON want it. AD in its answers is DO of the question, so that both ways of a
 // flag are seen.
-type jsonFake struct{}
+type jsonFake struct{ surprised }
 
 func (*jsonFake) ServeWire(dst []byte, q *wire.Query) ([]byte, wire.Verdict) {
 	var m dns.Msg

@@ -25,22 +25,18 @@ import (
 	"dnsgateway/gateway/wire"
 )
 
-// Handler answers queries. Both methods may be called from many goroutines at once.
+// Handler answers queries. Its methods may be called from many goroutines at once.
 type Handler interface {
+	// Expect is told queries that came in together, before ServeWire is called for them one after the other: what has to be
+	// fetched from memory for each can be fetched for all at once. It may set nothing of them but what belongs to the
+	// Handler, and never waits for I/O. Not all queries are expected.
+	Expect(qs []wire.Query)
 	// ServeWire answers q if it can do so at once and appends the response to dst. It never waits for I/O. The result
 	// is dst with or without a response behind it; q and its bytes are not used after the return.
 	ServeWire(dst []byte, q *wire.Query) ([]byte, wire.Verdict)
 	// Resolve answers q after a wire.Miss and appends the response to dst. It returns an error only when nothing may
 	// be sent, and has to return soon after ctx is done. q and its bytes are not used after the return.
 	Resolve(ctx context.Context, dst []byte, q *wire.Query) ([]byte, error)
-}
-
-// Expecter is what a Handler can be besides.
-type Expecter interface {
-	// Expect is told the queries that came in together, before ServeWire is called for them one after the other: what has
-	// to be fetched from memory for each can be fetched for all at once. It may set nothing of them but what belongs to
-	// the Handler. It never waits for I/O.
-	Expect(qs []wire.Query)
 }
 
 // Server is one bound listener.
@@ -66,12 +62,10 @@ var (
 
 // Common is what every listener has to know.
 type Common struct {
-	Handler Handler        // may be an Expecter
+	Handler Handler
 	Name    string         // the listener's name in the file, or its URL
 	Addr    netip.AddrPort // the unspecified IPv6 address means both families
 	Logger  *slog.Logger   // nil discards
-
-	expecter Expecter // the Handler if it is one
 }
 
 // Limits bound what connections can hold. The zero value of a field means its default.
@@ -137,7 +131,6 @@ func (c *Common) check() error {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	c.Logger = c.Logger.With("listener", c.Name)
-	c.expecter, _ = c.Handler.(Expecter)
 	return nil
 }
 
@@ -152,9 +145,9 @@ func (c *Common) serveWire(dst []byte, q *wire.Query) (out []byte, verdict wire.
 	return c.Handler.ServeWire(dst, q)
 }
 
-// expect is Expecter.Expect, where there is one and it can gain something. A panic costs nothing.
+// expect is Handler.Expect where that can gain something. A panic costs nothing.
 func (c *Common) expect(qs []wire.Query) {
-	if c.expecter == nil || len(qs) < 2 {
+	if len(qs) < 2 {
 		return
 	}
 	defer func() {
@@ -162,7 +155,7 @@ func (c *Common) expect(qs []wire.Query) {
 			c.logPanic(r)
 		}
 	}()
-	c.expecter.Expect(qs)
+	c.Handler.Expect(qs)
 }
 
 // resolve is Handler.Resolve for whom a panic is an error.

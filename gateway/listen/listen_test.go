@@ -29,6 +29,7 @@ import (
 // fake is a Handler that does what the first label of the question says: hit and miss answer with one address, slow
 // waits for gate, drop, error and panic-* do that. Everything else is answered with the fault that wire found.
 type fake struct {
+	surprised
 	gate    chan struct{} // slow misses wait for it
 	waiting chan string   // gets the name of each slow miss that has begun to wait
 
@@ -124,8 +125,13 @@ func appendReply(dst []byte, q *wire.Query, rcode uint16) []byte {
 	return append(dst, b...)
 }
 
+// surprised is a Handler's half that expects nothing.
+type surprised struct{}
+
+func (surprised) Expect([]wire.Query) {}
+
 // echo is a Handler without any allocation: the query with the QR bit.
-type echo struct{}
+type echo struct{ surprised }
 
 func (echo) ServeWire(dst []byte, q *wire.Query) ([]byte, wire.Verdict) {
 	at := len(dst)

@@ -669,7 +669,10 @@ func TestStreamNobodyReads(t *testing.T) {
 }
 
 // bulky answers every query after the gate has opened, with as much as a message holds.
-type bulky struct{ gate chan struct{} }
+type bulky struct {
+	surprised
+	gate chan struct{}
+}
 
 func (*bulky) ServeWire(dst []byte, _ *wire.Query) ([]byte, wire.Verdict) { return dst, wire.Miss }
 func (b *bulky) Resolve(_ context.Context, dst []byte, _ *wire.Query) ([]byte, error) {
