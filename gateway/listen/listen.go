@@ -2,8 +2,9 @@
 // HTTP/1.1, HTTP/2 and HTTP/3) and [QUIC] (DoQ).
 //
 // It does framing, buffers, connection limits and the drain, and leaves everything that a message means to its
-// [Handler]: each transport fills the first fields of a [wire.Query], parses the bytes, calls ServeWire, and after a
-// miss Resolve. Padding, truncation and EDNS options are the Handler's work, so that policy exists once.
+// [Handler]: each transport fills the first fields of a [wire.Query], parses the bytes, calls Expect where several came at
+// once, then ServeWire, and after a miss Resolve. Padding, truncation and EDNS options are the Handler's work, so that
+// policy exists once.
 //
 // What surprises a newcomer: ServeWire runs on the goroutine that read the query, because it never waits; only misses
 // get a goroutine of their own. (HTTP/1.1, HTTP/3 and [QUIC] have one per request anyway; HTTP/2 is our own.) And constructors

@@ -5,6 +5,7 @@
 // # The order of stages
 //
 //	parse      wire      done by the listener: Query.Parse. What is no query (QR=1, too short) is dropped here.
+//	expect     cache     queries that came in together: what lookup will read is fetched from memory, for all at once
 //	admit      access    before every answer, errors and cache hits included, or they would amplify:
 //	                     not allowed: REFUSED or silence; over its rate: TC=1 or silence over UDP, else REFUSED
 //	fault      wire      the RCODE that the message itself earned: FORMERR, NOTIMP, BADVERS
@@ -25,7 +26,7 @@
 //
 // What Run asks to renew an answer in the cache takes the same way from join to store.
 //
-// Both methods recover from a panic: the client gets SERVFAIL or nothing, the log gets the stack, the program goes on.
+// ServeWire and Resolve recover from a panic: the client gets SERVFAIL or nothing, the log gets the stack, the program goes on.
 //
 // # Who may import what
 //
