@@ -192,6 +192,16 @@ type h2Scratch struct {
 	header h2Header
 	in     []byte // a message from a URL
 	out    []byte // a response
+
+	asked   [aheadSize]h2Ask
+	queries [aheadSize]wire.Query // those of asked
+	waiting int                   // how many of these are to be answered
+}
+
+// h2Ask is a request in one piece that is answered together with those that follow.
+type h2Ask struct {
+	id uint32
+	in []byte // its message
 }
 
 var h2Scratches = sync.Pool{New: func() any { return new(h2Scratch) }}
@@ -236,11 +246,15 @@ func (c *h2) input(t *turn, data []byte) (used int, err error) {
 			break
 		}
 		used += frameHeader + n
+		if rest[3] != frameHeaders {
+			c.askNow(t, x) // it may be about one of them
+		}
 		id := binary.BigEndian.Uint32(rest[5:]) & maxInt31
 		if err = c.frame(t, x, rest[3], rest[4], id, rest[frameHeader:frameHeader+n]); err != nil {
 			break
 		}
 	}
+	c.askNow(t, x)
 	if cap(x.fields.text) <= keepBuffer && cap(x.in) <= keepBuffer && cap(x.out) <= keepBuffer {
 		x.fields.rest = nil
 		h2Scratches.Put(x)
@@ -557,9 +571,11 @@ func (c *h2) data(t *turn, x *h2Scratch, flags byte, id uint32, b []byte) error 
 		if st.refusal == nil {
 			st.refusal = errTooLarge
 		}
-		return c.refuse(t, st)
+		c.refuse(t, st)
+		return nil
 	case st.state == collecting && end && len(st.buf) == 0:
-		return c.ask(t, x, id, st, b, st.form)
+		c.ask(t, x, id, st, b, st.form)
+		return nil
 	case st.state == collecting:
 		if c.bodies+len(b) > maxBodies {
 			// Nothing was done with it, which this code says: the client may ask again.
@@ -569,23 +585,24 @@ func (c *h2) data(t *turn, x *h2Scratch, flags byte, id uint32, b []byte) error 
 		st.buf = append(st.buf, b...)
 	}
 	if end {
-		return c.ended(t, x, st)
+		c.ended(t, x, st)
 	}
 	return nil
 }
 
 // ended answers a request that has come to its end.
-func (c *h2) ended(t *turn, x *h2Scratch, st *h2Stream) error {
+func (c *h2) ended(t *turn, x *h2Scratch, st *h2Stream) {
 	if st.refusal != nil {
-		return c.refuse(t, st)
+		c.refuse(t, st)
+		return
 	}
-	return c.ask(t, x, st.id, st, st.buf, st.form)
+	c.ask(t, x, st.id, st, st.buf, st.form)
 }
 
 // refuse answers a stream with the error that is its own.
-func (c *h2) refuse(t *turn, st *h2Stream) error {
+func (c *h2) refuse(t *turn, st *h2Stream) {
 	r := refused(st.refusal, st.form)
-	return c.respond(t, st.id, st, &r, time.Now().Unix())
+	c.respond(t, st.id, st, &r, time.Now().Unix())
 }
 
 // unpad takes the padding from a DATA or HEADERS frame.
@@ -653,6 +670,9 @@ func (c *h2) header(t *turn, x *h2Scratch, id uint32, block []byte, end, self bo
 	if err := h.read(&x.fields, &c.table, block); err != nil {
 		return err
 	}
+	if id <= c.last {
+		c.askNow(t, x) // it may be about one of them
+	}
 	if st := c.find(id); st != nil {
 		return c.trailers(t, x, st, h, end)
 	}
@@ -674,7 +694,7 @@ func (c *h2) header(t *turn, x *h2Scratch, id uint32, block []byte, end, self bo
 	case c.drained:
 		c.ignore(id, end) // RFC 9113, section 6.8
 		return c.spend(costFrame)
-	case len(c.streams)+c.orphans >= maxStreams:
+	case len(c.streams)+c.orphans+x.waiting >= maxStreams:
 		c.ignore(id, end)
 		t.out = appendReset(t.out, id, codeRefused)
 		return c.spend(costReset)
@@ -697,7 +717,8 @@ func (c *h2) trailers(t *turn, x *h2Scratch, st *h2Stream, h *h2Header, end bool
 		c.rest(t, st)
 		return nil
 	}
-	return c.ended(t, x, st)
+	c.ended(t, x, st)
+	return nil
 }
 
 // malformed resets a stream whose request is none (RFC 9113, section 8.1.1), opened or not.
@@ -804,21 +825,58 @@ func (c *h2) forget(id uint32) {
 }
 
 // ask has a query answered. st is nil when the request came in one piece.
-func (c *h2) ask(t *turn, x *h2Scratch, id uint32, st *h2Stream, msg []byte, f form) error {
+func (c *h2) ask(t *turn, x *h2Scratch, id uint32, st *h2Stream, msg []byte, f form) {
 	q := &t.q
+	if refusal := c.parse(t, q, msg); refusal != nil {
+		r := refused(refusal, f)
+		c.respond(t, id, st, &r, q.Received/int64(time.Second))
+		return
+	}
+	c.serve(t, x, id, st, q, f)
+}
+
+// parse makes q the query in msg.
+func (c *h2) parse(t *turn, q *wire.Query, msg []byte) *refusal {
 	q.Client, q.Local, q.Transport = c.peer.client, c.peer.local, c.peer.transport
 	q.Listener, q.Lane = c.peer.common.Name, t.lane
-	if refusal := c.doh.parse(q, msg); refusal != nil {
-		r := refused(refusal, f)
-		return c.respond(t, id, st, &r, q.Received/int64(time.Second))
+	return c.doh.parse(q, msg)
+}
+
+// askLater is ask for a request that came in one piece and wants a DNS message: it is answered together with those that
+// follow at once, and before anything else that the client says is heard.
+func (c *h2) askLater(t *turn, x *h2Scratch, id uint32, msg []byte) {
+	a, q := &x.asked[x.waiting], &x.queries[x.waiting]
+	a.id, a.in = id, append(a.in[:0], msg...)
+	if refusal := c.parse(t, q, a.in); refusal != nil {
+		c.askNow(t, x) // streams are kept in the order of their ids
+		r := refused(refusal, 0)
+		c.respond(t, id, nil, &r, q.Received/int64(time.Second))
+		return
 	}
+	if x.waiting++; x.waiting == len(x.asked) {
+		c.askNow(t, x)
+	}
+}
+
+// askNow has those answered who wait for others.
+func (c *h2) askNow(t *turn, x *h2Scratch) {
+	qs := x.queries[:x.waiting]
+	x.waiting = 0
+	c.peer.common.expect(qs)
+	for i := range qs {
+		c.serve(t, x, x.asked[i].id, nil, &qs[i], 0)
+	}
+}
+
+// serve has q answered, which is the query of a request.
+func (c *h2) serve(t *turn, x *h2Scratch, id uint32, st *h2Stream, q *wire.Query, f form) {
 	out, verdict := c.peer.common.serveWire(x.out[:0], q)
 	x.out = out[:0]
 	switch verdict {
 	case wire.Answered:
-		return c.deliver(t, id, st, out, f, q.Received/int64(time.Second))
+		c.deliver(t, id, st, out, f, q.Received/int64(time.Second))
 	case wire.Miss:
-		m := newMiss(q, msg)
+		m := newMiss(q, q.Raw)
 		m.stream, m.form = id, f
 		if st == nil {
 			st = c.add(id)
@@ -827,10 +885,9 @@ func (c *h2) ask(t *turn, x *h2Scratch, id uint32, st *h2Stream, msg []byte, f f
 		}
 		st.state, st.buf = resolving, st.buf[:0]
 		t.misses = append(t.misses, m)
-		return nil
+	default:
+		c.abort(t, id, codeInternal) // as net/http does when a handler gives up
 	}
-	c.abort(t, id, codeInternal) // as net/http does when a handler gives up
-	return nil
 }
 
 // answer implements machine.
@@ -841,18 +898,18 @@ func (c *h2) answer(t *turn, m *miss, msg []byte) {
 		c.orphans--
 		return
 	}
-	_ = c.deliver(t, m.stream, st, msg, m.form, time.Now().Unix()) // no error of ours can come of an answer
+	c.deliver(t, m.stream, st, msg, m.form, time.Now().Unix())
 }
 
 // deliver sends a response of the Handler.
-func (c *h2) deliver(t *turn, id uint32, st *h2Stream, msg []byte, f form, now int64) error {
+func (c *h2) deliver(t *turn, id uint32, st *h2Stream, msg []byte, f form, now int64) {
 	r, err := answered(msg, f)
 	if err != nil {
 		c.leave(st)
 		c.abort(t, id, codeInternal)
-		return nil
+		return
 	}
-	return c.respond(t, id, st, &r, now)
+	c.respond(t, id, st, &r, now)
 }
 
 // leave makes st a stream that waits for nothing.
@@ -867,7 +924,7 @@ func (c *h2) leave(st *h2Stream) {
 }
 
 // respond sends a response, or as much of it as the client's windows let us.
-func (c *h2) respond(t *turn, id uint32, st *h2Stream, r *reply, now int64) error {
+func (c *h2) respond(t *turn, id uint32, st *h2Stream, r *reply, now int64) {
 	c.earn(gainRequest)
 	t.served++
 	c.leave(st)
@@ -879,7 +936,7 @@ func (c *h2) respond(t *turn, id uint32, st *h2Stream, r *reply, now int64) erro
 	if r.head || len(body) == 0 {
 		t.out[at+4] |= flagEndStream
 		c.finish(t, st)
-		return nil
+		return
 	}
 	room := min(c.window, c.streamWindow)
 	if st != nil {
@@ -889,11 +946,11 @@ func (c *h2) respond(t *turn, id uint32, st *h2Stream, r *reply, now int64) erro
 		c.window -= int64(len(body))
 		t.out = append(appendFrame(t.out, len(body), frameData, flagEndStream, id), body...)
 		c.finish(t, st)
-		return nil
+		return
 	}
 	if c.held+len(body) > maxHeld {
 		c.abort(t, id, codeCalm)
-		return nil
+		return
 	}
 	if st == nil {
 		st = c.add(id)
@@ -902,7 +959,6 @@ func (c *h2) respond(t *turn, id uint32, st *h2Stream, r *reply, now int64) erro
 	st.buf = append(st.buf, body...)
 	c.held += len(body)
 	c.send(t, st)
-	return nil
 }
 
 // send sends what the windows let us of a stream's response.

@@ -878,6 +878,83 @@ func TestH2Streams(t *testing.T) {
 	}
 }
 
+// TestH2Expect sends requests that are read together: those in one piece are looked up together, and whatever else comes
+// between them finds those before it answered.
+func TestH2Expect(t *testing.T) {
+	hits := func(n int, names ...string) []string { return append(slices.Repeat([]string{"hit"}, n), names...) }
+	for _, tt := range []struct {
+		name     string
+		say      func(s *h2Script)
+		expected [][]string
+		want     []string // what is said to all but the hits
+	}{
+		{"one", func(s *h2Script) { s.get(1, "hit") }, nil, nil},
+		{"some", func(s *h2Script) {
+			for id := range uint32(5) {
+				s.get(2*id+1, "hit")
+			}
+		}, [][]string{hits(5)}, nil},
+		{"many", func(s *h2Script) {
+			for id := range uint32(2*aheadSize + 2) {
+				s.get(2*id+1, "hit")
+			}
+		}, [][]string{hits(aheadSize), hits(aheadSize), hits(2)}, nil},
+		{"a stream that is reset", func(s *h2Script) {
+			s.get(1, "hit")
+			s.get(3, "miss")
+			_ = s.fr.WriteRSTStream(3, http2.ErrCodeCancel)
+			s.get(5, "hit")
+			s.get(7, "hit")
+		}, [][]string{hits(1, "miss"), hits(2)}, nil},
+		{"streams that stay, among others", func(s *h2Script) {
+			s.get(1, "miss")
+			s.post(3)
+			s.get(5, "miss")
+			s.get(7, "hit")
+			_ = s.fr.WriteData(3, true, query(s.t, "miss", 0))
+			s.get(9, "miss")
+			s.request(11, true, "GET", "/other")
+			s.get(13, "miss")
+		}, [][]string{{"miss", "hit"}},
+			[]string{"HEADERS 11 404", "HEADERS 13 200", "HEADERS 9 200", "HEADERS 3 200", "HEADERS 5 200", "HEADERS 1 200"}},
+		{"no query", func(s *h2Script) {
+			s.get(1, "miss")
+			s.request(3, true, "GET", defaultPath+"?dns=AAAA")
+			s.get(5, "hit")
+		}, nil, []string{"HEADERS 3 400", "HEADERS 1 200"}},
+		{"a stream of a number that was used", func(s *h2Script) {
+			s.get(1, "hit")
+			s.get(3, "hit")
+			s.get(3, "hit")
+		}, [][]string{hits(2)}, []string{"GOAWAY 3 STREAM_CLOSED"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := &expecting{fake: newFake()}
+			s := opened(t, h)
+			tt.say(s)
+			said := s.play()
+			answered := len(said)
+			said = append(said, s.resolve()...)
+			if d := cmp.Diff(h.names, tt.expected, cmpopts.EquateEmpty()); d != "" {
+				t.Errorf("expected: got (-), want (+):\n%s", d)
+			}
+			var rest []string
+			for i, line := range said {
+				if strings.HasPrefix(line, "DATA") || i < answered && strings.HasSuffix(line, " 200") {
+					continue
+				}
+				rest = append(rest, line)
+			}
+			s.want(rest, tt.want...)
+			for i, q := range h.queries() {
+				if q.Kind != wire.Plain || q.Transport != wire.DoH {
+					t.Errorf("query %d: %+v", i, q)
+				}
+			}
+		})
+	}
+}
+
 // TestH2Bodies has all streams send as much as they may at once: some are refused, and the others do not wait for ever.
 func TestH2Bodies(t *testing.T) {
 	s := opened(t, newFake())

@@ -139,25 +139,29 @@ func (h *h2Header) complete() bool {
 
 // request begins a request whose header has come, and answers it when that is all.
 func (c *h2) request(t *turn, x *h2Scratch, id uint32, h *h2Header, end bool) error {
-	if h.tooLarge && !h.malformed {
-		return c.judged(t, x, id, h, end, 0, errHeader, false)
-	}
-	if !h.complete() || end && h.length > 0 {
+	if !h.tooLarge && (!h.complete() || end && h.length > 0) {
 		return c.malformed(t, id, end)
 	}
 	// What clients send, before what they may send: the two forms of RFC 8484, with nothing around them.
-	if end && string(h.method) == http.MethodGet && bytes.HasPrefix(h.path, c.doh.get) {
+	if end && !h.tooLarge && string(h.method) == http.MethodGet && bytes.HasPrefix(h.path, c.doh.get) {
 		if value := h.path[len(c.doh.get):]; len(c.doh.get) > 0 {
 			in, refusal := appendMessage(x.in[:0], value)
 			x.in = in
 			if refusal == nil {
-				return c.ask(t, x, id, nil, in, 0)
+				c.askLater(t, x, id, in)
+				return nil
 			}
 		}
 	}
+	c.askNow(t, x) // for streams are kept in the order of their ids, and this may become one of them
+	if h.tooLarge {
+		c.judged(t, x, id, h, end, 0, errHeader, false)
+		return nil
+	}
 	if string(h.method) == http.MethodPost && len(c.doh.get) > 0 && string(h.path) == c.doh.path &&
 		string(h.contentType) == mediaMessage && len(h.contentEncoding) == 0 && h.length <= wire.MaxMessage {
-		return c.judged(t, x, id, h, end, 0, nil, true)
+		c.judged(t, x, id, h, end, 0, nil, true)
+		return nil
 	}
 	return c.slowRequest(t, x, id, h, end)
 }
@@ -181,21 +185,24 @@ func (c *h2) slowRequest(t *turn, x *h2Scratch, id uint32, h *h2Header, end bool
 	}
 	in, f, hasBody, refusal := c.doh.begin(x.in[:0], &r)
 	x.in = in
-	return c.judged(t, x, id, h, end, f, refusal, hasBody)
+	c.judged(t, x, id, h, end, f, refusal, hasBody)
+	return nil
 }
 
 // judged goes on with a request whose header was judged. One that has an end to come is not answered before that, although
 // it may be clear already what with: first it has to be a request.
-func (c *h2) judged(t *turn, x *h2Scratch, id uint32, h *h2Header, end bool, f form, refusal *refusal, hasBody bool) error {
+func (c *h2) judged(t *turn, x *h2Scratch, id uint32, h *h2Header, end bool, f form, refusal *refusal, hasBody bool) {
 	if end {
 		switch {
 		case refusal != nil:
 			r := refused(refusal, f)
-			return c.respond(t, id, nil, &r, time.Now().Unix())
+			c.respond(t, id, nil, &r, time.Now().Unix())
 		case hasBody:
-			return c.ask(t, x, id, nil, nil, f)
+			c.ask(t, x, id, nil, nil, f)
+		default:
+			c.ask(t, x, id, nil, x.in, f)
 		}
-		return c.ask(t, x, id, nil, x.in, f)
+		return
 	}
 	st := c.add(id)
 	st.open, st.form, st.length, st.refusal = true, f, h.length, refusal
@@ -203,7 +210,8 @@ func (c *h2) judged(t *turn, x *h2Scratch, id uint32, h *h2Header, end bool, f f
 	case refusal != nil:
 		st.state = discarding
 		if h.expect || refusal == errTooLarge {
-			return c.refuse(t, st) // the client waits for it, or has too much to say
+			c.refuse(t, st) // the client waits for it, or has too much to say
+			return
 		}
 	case hasBody:
 		st.state = collecting
@@ -214,7 +222,6 @@ func (c *h2) judged(t *turn, x *h2Scratch, id uint32, h *h2Header, end bool, f f
 	if h.expect {
 		t.out = append(appendFrame(t.out, 5, frameHeaders, flagEndHeaders, id), 0x08, 3, '1', '0', '0')
 	}
-	return nil
 }
 
 // Indices of the static table, RFC 7541, appendix A.
