@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -771,14 +772,18 @@ func TestConcurrent(t *testing.T) {
 	wg.Wait()
 }
 
+// BenchmarkHit asks for one name, on all cores at once for a client each.
 func BenchmarkHit(b *testing.B) {
 	p := mustNew(b, Config{Cache: mustCache(b), Observer: nothing{}, Now: time.Now,
 		Access: mustAccess(b, access.Config{PerClient: 1e9})})
 	raw := pack(b, dig("one.test.", dns.TypeA))
 	ask(b, p, query(p, wire.UDP, raw))
+	var clients atomic.Int32
 	b.ReportAllocs()
 	b.RunParallel(func(pb *testing.PB) {
 		q := query(p, wire.UDP, raw)
+		q.Lane = uint8(clients.Add(1))
+		q.Client = netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, q.Lane}), 53)
 		dst := make([]byte, 0, 4096)
 		for pb.Next() {
 			q.Received = time.Now().UnixNano()
