@@ -80,8 +80,16 @@ var entrySizes = []entrySize{
 	sizeOf[[412]uint16](),
 }
 
-// sizeClass returns how many octets the allocator takes for an object of n.
-func sizeClass(n int) int { return cap(append([]byte(nil), make([]byte, n)...)) }
+// sizeClass returns how many octets the allocator takes for an object of n with pointers in it. One of more words than a word
+// has bits has 8 octets in front that tell where the pointers are, which append does not count.
+func sizeClass(n int) int {
+	const word = int(unsafe.Sizeof(uintptr(0)))
+	size := word * cap(append([]*byte(nil), make([]*byte, (n+word-1)/word)...))
+	if n > 8*word*word {
+		size += 8
+	}
+	return size
+}
 
 // newEntry returns an entry that shares no memory with key and a.
 func newEntry(key []byte, hash uint64, a *wire.Answer, now int64, life uint32) *entry {
