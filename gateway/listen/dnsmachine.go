@@ -2,6 +2,7 @@ package listen
 
 import (
 	"encoding/binary"
+	"sync"
 
 	"dnsgateway/gateway/wire"
 )
@@ -27,46 +28,49 @@ func newDNSMachine(p peer, pipeline int) *dnsMachine { return &dnsMachine{peer: 
 
 // input implements machine.
 func (d *dnsMachine) input(t *turn, data []byte) (used int, err error) {
-	for {
+	list := aheads.Get().(*[aheadSize]wire.Query)
+	read := 0
+	for more := true; more; {
 		// No more than there may be misses, or they would be read again each time that one comes back.
 		most := min(aheadSize, max(d.pipeline-d.misses, 1))
-		qs := d.ahead(t, data[used:], most)
+		qs := d.ahead(t, list[:most], data[used:])
 		d.common.expect(qs)
+		read = max(read, len(qs))
+		more = len(qs) == most
 		for i := range qs {
-			if len(t.out) >= flushSize {
-				return used, nil
-			}
-			if d.misses >= d.pipeline {
-				t.full = true
-				return used, nil
+			if t.full = d.misses >= d.pipeline; t.full || len(t.out) >= flushSize {
+				more = false
+				break
 			}
 			d.query(t, &qs[i])
 			used += prefixLen + len(qs[i].Raw)
 		}
-		if len(qs) < most {
-			return used, nil
-		}
 	}
+	for i := range list[:read] {
+		list[i].Raw, list[i].Name = nil, nil // they are the driver's
+	}
+	aheads.Put(list)
+	return used, nil
 }
 
-// ahead reads the first messages of data that are whole, so many at most.
-func (d *dnsMachine) ahead(t *turn, data []byte, most int) []wire.Query {
+// aheads has memory for the queries that are read ahead.
+var aheads = sync.Pool{New: func() any { return new([aheadSize]wire.Query) }}
+
+// ahead reads the first messages of data that are whole into list, as many as there is room for.
+func (d *dnsMachine) ahead(t *turn, list []wire.Query, data []byte) []wire.Query {
 	n := 0
-	for ; n < most && len(data) >= prefixLen; n++ {
+	for ; n < len(list) && len(data) >= prefixLen; n++ {
 		end := prefixLen + int(binary.BigEndian.Uint16(data))
 		if len(data) < end {
 			break
 		}
-		if n == len(t.queries) {
-			t.queries = append(t.queries, wire.Query{})
-		}
-		q := &t.queries[n]
+		q := &list[n]
 		q.Client, q.Local, q.Transport, q.Listener = d.client, d.local, d.transport, d.common.Name
 		q.Received, q.Lane = t.received, t.lane
 		q.Parse(data[prefixLen:end])
 		data = data[end:]
 	}
-	return t.queries[:n]
+	return list[:n]
 }
 
 // query answers one message, or makes it a miss.

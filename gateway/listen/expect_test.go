@@ -66,6 +66,13 @@ func TestDNSMachineExpect(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		list := aheads.Get().(*[aheadSize]wire.Query)
+		for i := range list {
+			if list[i].Raw != nil || list[i].Name != nil {
+				t.Fatalf("%s: query %d holds a buffer of the driver's", tt.name, i)
+			}
+		}
+		aheads.Put(list)
 		var sizes []int
 		for _, names := range h.names {
 			sizes = append(sizes, len(names))

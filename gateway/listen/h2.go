@@ -152,6 +152,8 @@ type h2 struct {
 	streamWindow  int64 // what we may send on a new stream
 	receiveWindow int32 // what the client may send
 	orphans       int   // misses that have not come back and whose stream is no more
+	queued        int   // streams in that state
+	again         int   // octets of the frame that was used already and comes again, because streams are queued
 	bodies        int   // octets in streams that are not whole
 	held          int   // octets in streams that wait for the window
 	budget        int
@@ -166,6 +168,7 @@ const (
 	resolving                     // its miss
 	sending                       // the client's window
 	ending                        // its end, which says nothing any more
+	queued                        // its turn: it was asked in one piece, and there was enough to say before
 )
 
 // h2Stream is a stream that is not answered, or that its client has not ended.
@@ -232,7 +235,12 @@ func (c *h2) input(t *turn, data []byte) (used int, err error) {
 		used = n
 	}
 	x := h2Scratches.Get().(*h2Scratch)
-	for len(t.out) < enough {
+	frame := 0 // the length of the last one
+	if c.askQueued(t, x); c.queued == 0 {
+		used += c.again
+		c.again = 0
+	}
+	for c.queued == 0 && len(t.out) < enough {
 		rest := data[used:]
 		if len(rest) < frameHeader {
 			break
@@ -245,7 +253,8 @@ func (c *h2) input(t *turn, data []byte) (used int, err error) {
 		if len(rest) < frameHeader+n {
 			break
 		}
-		used += frameHeader + n
+		frame = frameHeader + n
+		used += frame
 		if rest[3] != frameHeaders {
 			c.askNow(t, x) // it may be about one of them
 		}
@@ -259,8 +268,13 @@ func (c *h2) input(t *turn, data []byte) (used int, err error) {
 		x.fields.rest = nil
 		h2Scratches.Put(x)
 	}
-	if err != nil {
+	switch {
+	case err != nil:
 		return c.fail(t, used, err)
+	case c.queued > 0 && frame > 0:
+		// Our driver calls again as long as there is something to use.
+		c.again = frame
+		used -= frame
 	}
 	return used, nil
 }
@@ -298,7 +312,7 @@ func (c *h2) fail(t *turn, used int, err error) (int, error) {
 		}
 		c.release(st)
 	}
-	c.streams, c.ignored, c.block, c.table = nil, nil, nil, fieldTable{}
+	c.streams, c.ignored, c.block, c.table, c.queued = nil, nil, nil, fieldTable{}, 0
 	return used, err
 }
 
@@ -652,7 +666,7 @@ func (c *h2) continuation(t *turn, x *h2Scratch, flags byte, b []byte) error {
 		return errContinuation
 	}
 	if c.blocks++; c.blocks > maxContinuations || len(c.block)+len(b) > maxBlock {
-		c.last = max(c.last, c.blockID) // clients ask again for what GOAWAY does not cover
+		c.last = max(c.last, c.blockID) // as in header
 		return errBlock
 	}
 	c.block = append(c.block, b...)
@@ -668,6 +682,9 @@ func (c *h2) continuation(t *turn, x *h2Scratch, flags byte, b []byte) error {
 func (c *h2) header(t *turn, x *h2Scratch, id uint32, block []byte, end, self bool) error {
 	h := &x.header
 	if err := h.read(&x.fields, &c.table, block); err != nil {
+		if err == errBlock {
+			c.last = max(c.last, id) // clients ask again for what GOAWAY does not cover
+		}
 		return err
 	}
 	if id <= c.last {
@@ -681,7 +698,7 @@ func (c *h2) header(t *turn, x *h2Scratch, id uint32, block []byte, end, self bo
 			if end {
 				c.forget(id)
 			}
-			return nil
+			return c.spend(costFrame)
 		}
 		if skipped := (c.last - id) / 2; skipped < 64 && c.opened>>skipped&1 == 0 {
 			return errIdle // section 5.1.1: numbers go up
@@ -780,6 +797,8 @@ func (c *h2) remove(st *h2Stream) {
 		c.orphans++
 	case sending:
 		c.held -= len(st.buf) - st.sent
+	case queued:
+		c.queued--
 	}
 	i, _ := c.search(st.id)
 	c.streams = slices.Delete(c.streams, i, i+1)
@@ -858,13 +877,31 @@ func (c *h2) askLater(t *turn, x *h2Scratch, id uint32, msg []byte) {
 	}
 }
 
-// askNow has those answered who wait for others.
+// askNow has those answered who wait for others. When there is enough to say, the rest is queued: answers may be large.
 func (c *h2) askNow(t *turn, x *h2Scratch) {
 	qs := x.queries[:x.waiting]
 	x.waiting = 0
 	c.peer.common.expect(qs)
 	for i := range qs {
-		c.serve(t, x, x.asked[i].id, nil, &qs[i], 0)
+		a := &x.asked[i]
+		if len(t.out) < enough {
+			c.serve(t, x, a.id, nil, &qs[i], 0)
+			continue
+		}
+		st := c.add(a.id)
+		st.state, st.buf = queued, append(st.buf, a.in...)
+		c.queued++
+	}
+}
+
+// askQueued has those answered that are queued, until there is enough to say.
+func (c *h2) askQueued(t *turn, x *h2Scratch) {
+	for c.queued > 0 && len(t.out) < enough {
+		i := slices.IndexFunc(c.streams, func(st *h2Stream) bool { return st.state == queued })
+		st := c.streams[i]
+		st.state = discarding
+		c.queued--
+		c.ask(t, x, st.id, st, st.buf, st.form)
 	}
 }
 

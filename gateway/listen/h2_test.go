@@ -538,9 +538,11 @@ func TestH2HeaderTooLarge(t *testing.T) {
 			s.want(s.play(), "HEADERS 1 431", "DATA 1 33 end")
 			s.request(3, true, "GET", defaultPath+"?dns="+b64(query(t, "hit", 0)), "in-the-table", "as before")
 			s.want(s.play(), "HEADERS 3 200", "DATA 3 50 end")
+			send(5, s.block(append([]string{":method", "HEAD", ":scheme", "https", ":path", "/"}, fields...)...))
+			s.want(s.play(), "HEADERS 5 431 end")
 			// More of it is too much, and not to be asked again.
-			send(5, slices.Concat(big, make([]byte, maxBlock)))
-			s.want(s.play(), "GOAWAY 5 ENHANCE_YOUR_CALM")
+			send(7, slices.Concat(big, make([]byte, maxBlock)))
+			s.want(s.play(), "GOAWAY 7 ENHANCE_YOUR_CALM")
 			if s.err != errBlock || s.c.block != nil {
 				t.Errorf("got %v with %d octets of a block", s.err, len(s.c.block))
 			}
@@ -955,6 +957,59 @@ func TestH2Expect(t *testing.T) {
 	}
 }
 
+// TestH2LargeAnswers asks for many large answers at once: a turn says no more than one of them beyond enough, all come in the
+// end, and what the client does meanwhile finds its streams.
+func TestH2LargeAnswers(t *testing.T) {
+	s := opened(t, large{}, http2.Setting{ID: settingWindow, Val: 10 << 20})
+	_ = s.fr.WriteWindowUpdate(0, 100<<20)
+	s.play()
+	for id := uint32(1); id < 64; id += 2 {
+		s.get(id, "hit")
+	}
+	_ = s.fr.WriteRSTStream(61, http2.ErrCodeCancel) // too late
+	_ = s.fr.WritePing(false, [8]byte{})
+	turns := func() (said []string) {
+		for s.in.Len() > 0 && s.err == nil {
+			var used int
+			used, s.err = s.c.input(&s.turn, s.in.Bytes())
+			if n := len(s.turn.out); n == 0 || n > enough+41000 {
+				t.Fatalf("%d octets used, and %d said", used, n)
+			}
+			s.in.Next(used)
+			said = append(said, s.said()...)
+		}
+		return said
+	}
+	said := turns()
+	want := []string{}
+	for id := 1; id < 64; id += 2 {
+		want = append(want, fmt.Sprintf("HEADERS %d 200", id), fmt.Sprintf("DATA %d 16384", id), fmt.Sprintf("DATA %d 16384", id),
+			fmt.Sprintf("DATA %d 7232 end", id))
+	}
+	s.want(said, append(want, "PING true "+string(make([]byte, 8)))...)
+	if len(s.c.streams) != 0 || s.c.queued != 0 || !s.c.done() {
+		t.Errorf("%d streams are left, %d queued", len(s.c.streams), s.c.queued)
+	}
+	// One that is reset in the same turn as those before it were asked.
+	for id := uint32(65); id < 75; id += 2 {
+		s.get(id, "hit")
+	}
+	_ = s.fr.WriteRSTStream(71, http2.ErrCodeCancel)
+	s.get(75, "hit")
+	said = turns()
+	if got := strings.Join(said, ","); strings.Contains(got, " 71 ") || strings.Count(got, "end") != 5 || len(s.c.streams) != 0 {
+		t.Errorf("got %s", got)
+	}
+	// And the end of a connection with some in the queue.
+	for id := uint32(77); id < 87; id += 2 {
+		s.get(id, "hit")
+	}
+	_ = s.fr.WriteRawFrame(frameWindow, 0, 0, make([]byte, 4))
+	if said = turns(); said[len(said)-1] != "GOAWAY 85 PROTOCOL_ERROR" || s.err == nil || s.c.queued != 0 {
+		t.Errorf("got %q", said)
+	}
+}
+
 // TestH2Bodies has all streams send as much as they may at once: some are refused, and the others do not wait for ever.
 func TestH2Bodies(t *testing.T) {
 	s := opened(t, newFake())
@@ -1017,6 +1072,9 @@ func TestH2Floods(t *testing.T) {
 		{"PRIORITY", 1001, func(s *h2Script) { _ = s.fr.WritePriority(99, http2.PriorityParam{}) }},
 		{"WINDOW_UPDATE", 1001, func(s *h2Script) { _ = s.fr.WriteWindowUpdate(0, 1) }},
 		{"GOAWAY", 1001, func(s *h2Script) { _ = s.fr.WriteGoAway(0, 0, nil) }},
+		{"HEADERS on a stream that was reset", 1012, func(s *h2Script) {
+			s.request(1, false, "GET", "relative")
+		}},
 		{"unknown frames", 1001, func(s *h2Script) { _ = s.fr.WriteRawFrame(0xbe, 0, 0, nil) }},
 		{"empty DATA", 1001, func(s *h2Script) {
 			if s.c.find(id) == nil {

@@ -155,7 +155,11 @@ func (c *h2) request(t *turn, x *h2Scratch, id uint32, h *h2Header, end bool) er
 	}
 	c.askNow(t, x) // for streams are kept in the order of their ids, and this may become one of them
 	if h.tooLarge {
-		c.judged(t, x, id, h, end, 0, errHeader, false)
+		var f form
+		if string(h.method) == http.MethodHead {
+			f = formHead
+		}
+		c.judged(t, x, id, h, end, f, errHeader, false)
 		return nil
 	}
 	if string(h.method) == http.MethodPost && len(c.doh.get) > 0 && string(h.path) == c.doh.path &&

@@ -45,11 +45,10 @@ func newPeer(c *Common, nc net.Conn, tr wire.Transport) peer {
 // turn is one call of a machine: memory that belongs to the goroutine that drives it and is used again for the next turn
 // of any connection.
 type turn struct {
-	q       wire.Query
-	queries []wire.Query // those that came together
-	out     []byte
-	misses  []*miss
-	lane    uint8 // see wire.Query.Lane
+	q      wire.Query
+	out    []byte
+	misses []*miss
+	lane   uint8 // see wire.Query.Lane
 	// received is when what input gets was read, for wire.Query.Received.
 	received int64
 	// full is set by input when it has stopped because too much is under way: the driver reads no more until a miss has
