@@ -707,47 +707,129 @@ func TestStreamNobodyReadsMuch(t *testing.T) {
 	})
 }
 
-// TestStreamNobodyReadsOneBatch has large answers come back together, in the hands of one goroutine: they count as well. A few
-// wait for a client that takes its time.
-func TestStreamNobodyReadsOneBatch(t *testing.T) {
-	for _, n := range []int{3, defaultPipeline} {
-		synctest.Test(t, func(t *testing.T) {
-			h := &bulky{gate: make(chan struct{})}
-			close(h.gate)
-			common := common(h)
-			s := newStreams(t.Context(), &common, nil, testIdle, testMessage)
-			client, nc := net.Pipe()
-			d := newDNSMachine(newPeer(&common, nc, wire.TCP), n)
-			c := newStreamConn(s, nc, nil, d)
-			var tn turn
-			if _, err := d.input(&tn, framed(slices.Repeat([][]byte{query(t, "miss", 1)}, n)...)); err != nil || len(tn.misses) != n {
-				t.Fatal(len(tn.misses), err)
-			}
+// TestStreamOneBatch has large answers come back together, in the hands of one goroutine: they count as well, when nobody reads
+// them. A few wait for a client that takes its time, and a client that reads gets them all.
+func TestStreamOneBatch(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		n      int
+		unread time.Duration
+		closed bool
+	}{
+		{"few for a slow client", 3, writeTimeout / 2, false},
+		{"many for a slow client", defaultPipeline, writeTimeout / 2, true},
+		{"many for a client that reads", defaultPipeline, 0, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c, client, ms := bulkyMisses(t, tt.n)
+				c.mu.Lock()
+				go c.miss(ms[0]) // it answers all when it comes to have the lock
+				for c.back.Load() == nil {
+					runtime.Gosched()
+				}
+				for _, m := range ms[1:] {
+					c.miss(m)
+				}
+				c.mu.Unlock()
+				time.Sleep(tt.unread)
+				want := int64(tt.n * (prefixLen + wire.MaxMessage))
+				got, _ := io.CopyN(io.Discard, client, want)
+				c.s.wg.Wait()
+				if tt.closed {
+					want = 0
+				}
+				if c.broken != tt.closed || got != want {
+					t.Errorf("%d octets were sent, want %d; closed: %v, want %v", got, want, c.broken, tt.closed)
+				}
+				if c.misses != 0 {
+					t.Errorf("%d misses are left", c.misses)
+				}
+			})
+		})
+	}
+}
+
+// TestStreamUnsentBound has large answers come back one after the other for a client that does not read: what is pending for it
+// stays within the bound, which one goroutine with misses may pass by what it has collected, and the connection is closed long
+// before the write has had its time.
+func TestStreamUnsentBound(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, _, ms := bulkyMisses(t, defaultPipeline)
+		begin := time.Now()
+		for _, m := range ms {
+			go c.miss(m)
+			synctest.Wait()
 			c.mu.Lock()
-			c.misses = n
-			s.wg.Add(n)
-			go c.miss(tn.misses[0]) // it answers all when it comes to have the lock
-			for c.back.Load() == nil {
-				runtime.Gosched()
-			}
-			for _, m := range tn.misses[1:] {
-				c.miss(m)
+			if most := maxUnsent + flushSize + prefixLen + wire.MaxMessage; len(c.pending) > most {
+				t.Errorf("%d octets are pending, want %d at most", len(c.pending), most)
 			}
 			c.mu.Unlock()
-			time.Sleep(writeTimeout / 2)
-			got, _ := io.CopyN(io.Discard, client, int64(n*(prefixLen+wire.MaxMessage)))
-			s.wg.Wait()
-			if n*wire.MaxMessage > maxUnsent {
-				if !c.broken || got != 0 {
-					t.Errorf("%d answers: %d octets waited for the client", n, got)
+		}
+		c.s.wg.Wait()
+		if took := time.Since(begin); !c.broken || took != hurriedWrite {
+			t.Errorf("after %v closed: %v, want it after %v", took, c.broken, hurriedWrite)
+		}
+		if c.misses != 0 {
+			t.Errorf("%d misses are left", c.misses)
+		}
+	})
+}
+
+// bulkyMisses returns a connection with n misses that are to be given to its miss and whose answers are as large as may be, and
+// the client's end of it.
+func bulkyMisses(t *testing.T, n int) (c *streamConn, client net.Conn, ms []*miss) {
+	t.Helper()
+	h := &bulky{gate: make(chan struct{})}
+	close(h.gate)
+	common := common(h)
+	s := newStreams(t.Context(), &common, nil, testIdle, testMessage)
+	client, nc := net.Pipe()
+	t.Cleanup(func() { _, _ = client.Close(), nc.Close() })
+	d := newDNSMachine(newPeer(&common, nc, wire.TCP), n)
+	c = newStreamConn(s, nc, nil, d)
+	var tn turn
+	if _, err := d.input(&tn, framed(slices.Repeat([][]byte{query(t, "miss", 1)}, n)...)); err != nil || len(tn.misses) != n {
+		t.Fatal(len(tn.misses), err)
+	}
+	c.misses = n
+	s.wg.Add(n)
+	return c, client, tn.misses
+}
+
+// sized answers every query after the gate has opened, with so many octets.
+type sized struct {
+	surprised
+	size    int
+	waiting chan struct{}
+	gate    chan struct{}
+}
+
+func (*sized) ServeWire(dst []byte, _ *wire.Query) ([]byte, wire.Verdict) { return dst, wire.Miss }
+func (z *sized) Resolve(_ context.Context, dst []byte, _ *wire.Query) ([]byte, error) {
+	z.waiting <- struct{}{}
+	<-z.gate
+	return append(dst, make([]byte, z.size)...), nil
+}
+
+// TestStreamReadyAtOnce has more than may wait for a client ready at once. The client reads, and gets it all.
+func TestStreamReadyAtOnce(t *testing.T) {
+	for _, tt := range []struct{ n, size int }{{defaultPipeline, 4000}, {8, 60000}} {
+		t.Run(fmt.Sprintf("%d of %d octets", tt.n, tt.size), func(t *testing.T) {
+			overBoth(t, func(t *testing.T, cfg StreamConfig, _ *fake) {
+				h := &sized{size: tt.size, waiting: make(chan struct{}), gate: make(chan struct{})}
+				cfg.Handler = h
+				c := dialStream(t, listenStream(t, cfg))
+				c.send(framed(slices.Repeat([][]byte{query(t, "miss", 1)}, tt.n)...))
+				for range tt.n {
+					<-h.waiting
 				}
-			} else if want := int64(n * (prefixLen + wire.MaxMessage)); c.broken || got != want {
-				t.Errorf("%d answers: %d octets were sent, want %d", n, got, want)
-			}
-			if c.misses != 0 {
-				t.Errorf("%d misses are left", c.misses)
-			}
-			_, _ = client.Close(), nc.Close()
+				close(h.gate)
+				want := int64(tt.n * (prefixLen + tt.size))
+				if got, err := io.CopyN(io.Discard, c, want); err != nil {
+					t.Errorf("got %d of %d octets: %v", got, want, err)
+				}
+			})
 		})
 	}
 }

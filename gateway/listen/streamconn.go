@@ -12,6 +12,11 @@ import (
 	"dnsgateway/gateway/wire"
 )
 
+// hurriedWrite bounds one write while more than maxUnsent waits behind it. The loops of Linux give no time then: their writes
+// say at once that the client takes no more. Here only a write that has had time to end tells that, and while it has this time
+// whatever else is ready is held, which is a pipeline of 64 KiB each in the worst case. So it is short.
+const hurriedWrite = 250 * time.Millisecond
+
 // streamConn is a connection with a goroutine of its own, which reads it and answers hits. Whoever has bytes to send while
 // nobody writes becomes the writer, and writes on until nothing is pending; the others append to pending and go. So
 // answers leave in the order in which they are ready, several in one segment when there are several, and no goroutine is
@@ -28,6 +33,7 @@ type streamConn struct {
 
 	changed  sync.Cond // any of the below has changed, or a miss has come back
 	writing  bool
+	hurried  bool   // what is being written has hurriedWrite, and not writeTimeout
 	pending  []byte // for the one who writes
 	spare    []byte
 	draining bool
@@ -129,8 +135,9 @@ func (c *streamConn) makeRoom(have int) {
 	}
 }
 
-// miss resolves m and, with others that are ready at the same time, answers it. All of them are pending before it becomes the
-// writer: else those that come later would wait with it, beyond the bound, for a client that does not read.
+// miss resolves m and, with others that are ready at the same time, answers it. Those that may wait for the client are pending
+// before it becomes the writer. When there are more it makes way for them first: a client that reads gets them all, and they
+// are not held for long for one that does not.
 func (c *streamConn) miss(m *miss) {
 	defer c.s.wg.Done()
 	if !c.resolve(m) {
@@ -141,6 +148,7 @@ func (c *streamConn) miss(m *miss) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.safely(func() {
+		c.makeWay() // else everyone who comes by while there is too much would add to it
 		c.collect(t, func() { c.leaveToWriter(t) })
 		c.leaveToWriter(t)
 		c.write(nil)
@@ -170,15 +178,30 @@ func (c *streamConn) leaveToWriter(t *turn) {
 	t.trim()
 }
 
-// await has b wait for the client. It does not keep b. mu is held.
+// await has b wait for the client, and returns when no more waits than may. It does not keep b. mu is held, but not while the
+// client takes its time.
 func (c *streamConn) await(b []byte) {
-	switch {
-	case c.broken:
-	case len(c.pending)+len(b) > maxUnsent:
-		c.s.common.Logger.Debug("closing the connection of a client that does not read", "client", c.raw.RemoteAddr())
-		c.fail()
-	default:
-		c.pending = append(c.pending, b...)
+	if c.broken {
+		return
+	}
+	c.pending = append(c.pending, b...) // at once: what the machine says later comes behind it
+	c.makeWay()
+}
+
+// makeWay returns when no more waits for the client than may, or when the client has not taken what is being written in the
+// time that it has then: it does not read, and its connection is broken. mu is held, but not while the client takes its time.
+func (c *streamConn) makeWay() {
+	for len(c.pending) > maxUnsent && !c.broken {
+		switch {
+		case !c.writing:
+			c.writing = true
+			c.writePending(hurriedWrite)
+			c.writing = false // what has come to be pending is for the caller, who gives mu up to nobody before it writes
+		case !c.hurried:
+			c.setWriteDeadline(hurriedWrite)
+		default:
+			c.changed.Wait()
+		}
 	}
 }
 
@@ -190,24 +213,11 @@ func (c *streamConn) write(b []byte) {
 		return
 	}
 	c.writing = true
-	for !c.broken {
-		if len(b) == 0 {
-			if len(c.pending) == 0 {
-				break
-			}
-			b = c.pending
-			c.pending, c.spare = c.spare[:0], b[:0]
-		}
-		c.mu.Unlock()
-		_ = c.raw.SetWriteDeadline(time.Now().Add(writeTimeout))
-		_, err := c.nc.Write(b)
-		c.mu.Lock()
-		if err != nil {
-			// A part of an answer may be out: what follows could not be told from it.
-			c.fail()
-		}
-		b = nil
-		c.changed.Broadcast()
+	if len(b) > 0 && !c.broken {
+		c.writeOut(b, writeTimeout)
+	}
+	for len(c.pending) > 0 && !c.broken {
+		c.writePending(writeTimeout)
 	}
 	c.writing = false
 	if cap(c.pending) > keepBuffer {
@@ -217,6 +227,36 @@ func (c *streamConn) write(b []byte) {
 		c.spare = nil
 	}
 	c.changed.Broadcast()
+}
+
+// writePending sends what is pending, and not what comes to be so meanwhile. It is for the writer. mu is held, but not during
+// the write.
+func (c *streamConn) writePending(limit time.Duration) {
+	b := c.pending
+	c.pending, c.spare = c.spare[:0], b[:0]
+	c.writeOut(b, limit)
+}
+
+// writeOut sends b in so much time. It is for the writer. mu is held, but not during the write.
+func (c *streamConn) writeOut(b []byte, limit time.Duration) {
+	c.setWriteDeadline(limit)
+	c.mu.Unlock()
+	_, err := c.nc.Write(b)
+	c.mu.Lock()
+	if err != nil {
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			c.s.common.Logger.Debug("closing the connection of a client that does not read", "client", c.raw.RemoteAddr())
+		}
+		// A part of an answer may be out: what follows could not be told from it.
+		c.fail()
+	}
+	c.changed.Broadcast()
+}
+
+// setWriteDeadline gives the write that begins or goes on so much time from now. mu is held.
+func (c *streamConn) setWriteDeadline(limit time.Duration) {
+	c.hurried = limit == hurriedWrite
+	_ = c.raw.SetWriteDeadline(time.Now().Add(limit))
 }
 
 // fail makes the connection broken, and ends the read and the write that go on. mu is held.
