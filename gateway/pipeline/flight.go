@@ -22,7 +22,7 @@ type flight struct {
 	key       []byte // nil: nobody can follow
 	hash      uint64
 	seq       int64 // flights that began later have higher ones
-	began     int64 // when the query that leads it was received, Unix nanoseconds
+	began     int64 // when its group's time began to run, Unix nanoseconds; whoever leads it may have waited before
 	transport wire.Transport
 
 	ctx    context.Context // of the exchange
@@ -203,7 +203,7 @@ func (p *Pipeline) joinForNobody(ctx context.Context, s *tableShard, key []byte,
 }
 
 func (p *Pipeline) begin(ctx context.Context, key []byte, hash uint64, q *wire.Query) *flight {
-	f := &flight{hash: hash, seq: p.sequence.Add(1), began: q.Received, transport: q.Transport}
+	f := &flight{hash: hash, seq: p.sequence.Add(1), began: p.now().UnixNano(), transport: q.Transport}
 	if key != nil {
 		f.key = append(make([]byte, 0, 2*len(key)), key...) // with room for nameKey's
 	}

@@ -446,3 +446,37 @@ func TestLateTwice(t *testing.T) {
 		}
 	})
 }
+
+// TestLateFollowersFollower comes to a question that a follower asks who has followed in vain before: it waits for its own
+// three seconds, and not for those of who asks.
+func TestLateFollowersFollower(t *testing.T) {
+	for _, store := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			start := time.Now()
+			up := exchange(func(ctx context.Context, _ *dns.Msg) (*dns.Msg, error) {
+				select {
+				case <-time.After(3 * time.Second):
+					return nil, outOfTime{}
+				case <-ctx.Done():
+					return nil, context.Cause(ctx)
+				}
+			})
+			c := Config{Groups: []Group{{Upstream: up}}, Now: time.Now}
+			if store {
+				c.Cache = mustCache(t)
+			}
+			p := mustNew(t, c)
+			var wg sync.WaitGroup
+			for _, joins := range []time.Duration{0, 200, 2800, 4020, 5900} {
+				wg.Go(func() {
+					time.Sleep(joins * time.Millisecond)
+					m := resolve(t, t.Context(), p, wire.TCP, dig("one.test.", dns.TypeA))
+					if took := time.Since(start) - joins*time.Millisecond; m.Rcode != dns.RcodeServerFailure || took != 3*time.Second {
+						t.Errorf("cache %v: who came at %v ms got RCODE %d after %v, want 2 after 3s", store, int64(joins), m.Rcode, took)
+					}
+				})
+			}
+			wg.Wait()
+		})
+	}
+}
