@@ -48,6 +48,8 @@ const (
 	// recheckAfter is for how many seconds stale answers are given without asking again after asking has failed: the
 	// failure recheck timer of RFC 8767, section 5.
 	recheckAfter = 30
+	// failedUnit is the unit of entry.failed, in nanoseconds.
+	failedUnit = int64(10 * time.Millisecond)
 	// claimFor is for how many seconds a caller who was told to prefetch is trusted to do it. No exchange takes longer.
 	claimFor = 10
 	// minPrefetchLife is the shortest life, in seconds, that is worth to be renewed before it ends.
@@ -102,9 +104,9 @@ type Found struct {
 	Stale bool
 	// Prefetch says that the answer is popular and near its end, and that nobody renews it: who wants to calls Claim.
 	Prefetch bool
-	// Failed is when asking has failed, Unix nanoseconds. With Stale and Prefetch that is less than 30 s ago, in whole seconds,
-	// and upstream should be left alone: it is the failure recheck timer of RFC 8767, section 5. Else Answer is the SERVFAIL
-	// of a question that nobody answered. 0: nothing of that.
+	// Failed is when asking has failed, Unix nanoseconds, never earlier and at most a hundredth of a second later. With Stale
+	// and Prefetch that is less than 30 s ago, and upstream should be left alone: it is the failure recheck timer of RFC 8767,
+	// section 5. Else Answer is the SERVFAIL of a question that nobody answered. 0: nothing of that.
 	Failed int64
 }
 
@@ -203,13 +205,13 @@ func (c *Cache) Get(key []byte, hash uint64, now int64) (f Found, ok bool) {
 	hits := e.hit(c.prefetchHits)
 	switch {
 	case state == stale:
-		f.Stale, f.Failed = true, lately(e.failed.Load(), now)
+		f.Stale, f.Failed = true, e.failedLately(now)
 	case e.failure:
 		if e.failed.Load() != 0 {
 			f.Failed = e.stored
 		}
 	case c.prefetchHits > 0 && hits >= c.prefetchHits && c.ending(e, now):
-		f.Prefetch, f.Failed = true, lately(e.failed.Load(), now)
+		f.Prefetch, f.Failed = true, e.failedLately(now)
 	}
 	return f, true
 }
@@ -244,12 +246,21 @@ func (c *Cache) Claim(key []byte, hash uint64, now int64) bool {
 	return c.ending(e, now) && e.claimed.CompareAndSwap(last, seconds(now))
 }
 
-// lately returns the time at, which is 0 for never, in Unix nanoseconds if asking is not to be repeated so soon after it, else 0.
-func lately(at uint32, now int64) int64 {
-	if !within(at, now, recheckAfter) {
-		return 0
+// fail notes that asking for e has failed at the time now. It rounds up: what happened before a failure must not look as if it
+// came after it. More than 497 days after e was stored there is no room for it, and e is found as if nothing had failed.
+func (e *entry) fail(now int64) {
+	n := (now - e.stored + failedUnit - 1) / failedUnit
+	e.failed.Store(uint32(min(max(n, 1), math.MaxUint32)))
+}
+
+// failedLately returns when asking for e has failed, in Unix nanoseconds, if it is not to be repeated so soon after that, else 0.
+func (e *entry) failedLately(now int64) int64 {
+	n := e.failed.Load()
+	at := e.stored + int64(n)*failedUnit
+	if d := now - at; n == 0 || d >= recheckAfter*int64(time.Second) || d <= -clockSlack {
+		return 0 // d: a time that is yet to come counts for nothing, as in within
 	}
-	return int64(at) * int64(time.Second)
+	return at
 }
 
 // seconds returns the time now in Unix seconds, which fit until 2106, and never 0.
@@ -341,7 +352,7 @@ func (c *Cache) Unanswered(key []byte, hash uint64, a *wire.Answer, now int64) {
 	}
 	e := newEntry(key, hash, a, now, life)
 	e.failure = true
-	e.failed.Store(seconds(now))
+	e.fail(now)
 	c.shard(hash).fail(key, hash, e, now)
 }
 

@@ -38,7 +38,7 @@ type entry struct {
 	stored  int64                 // Unix nanoseconds
 	life    uint32                // seconds
 	hits    atomic.Uint32         // see frequencyMask; readers count without a common order, so some hits may be lost
-	failed  atomic.Uint32         // when asking has failed last, Unix seconds; 0: it has not
+	failed  atomic.Uint32         // when asking has failed last, in failedUnits after stored, up to 497 days; 0: it has not
 	claimed atomic.Uint32         // when a caller was last told to prefetch, Unix seconds; 0: none was
 	cost    uint32
 	keyLen  uint16
@@ -361,7 +361,7 @@ func (s *shard) fail(key []byte, hash uint64, e *entry, now int64) {
 	old := s.table.find(key, hash)
 	if old != nil && !old.failure {
 		if _, state := old.age(now, s.staleFor); state != dead {
-			old.failed.Store(seconds(now))
+			old.fail(now)
 			return
 		}
 	}

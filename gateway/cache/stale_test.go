@@ -215,6 +215,33 @@ func TestOutdated(t *testing.T) {
 	}
 }
 
+// TestFailedTime lets asking fail at any part of a second: when that was is known to a hundredth, and is never said to be earlier.
+func TestFailedTime(t *testing.T) {
+	const day = 24 * 3600 * second
+	for _, tt := range []struct {
+		at   int64 // from when the answer was stored, which has no whole seconds either
+		want bool  // it is known
+	}{
+		{20 * second, true}, {20*second + 1, true}, {20*second + second/100, true}, {20*second + 7*second/10, true},
+		{21*second - 1, true}, {497 * day, true}, {498 * day, false},
+	} {
+		c := newCache(t, Config{StaleFor: 1000 * 24 * time.Hour})
+		key, stored := []byte("key"), start+second/3
+		put(c, key, address(t, 10), stored)
+		failed := stored + tt.at
+		c.Fail(key, c.Hash(key), nil, failed)
+		for _, after := range []int64{0, 1, 30*second - 1} {
+			f, ok := find(c, key, failed+after)
+			if d := f.Failed - failed; !ok || !f.Stale || tt.want && (d < 0 || d >= second/100) || !tt.want && f.Failed != 0 {
+				t.Errorf("%d ns after a failure at %d: %+v, %v, %d ns later", after, tt.at, f, ok, d)
+			}
+		}
+		if f, ok := find(c, key, failed+30*second+second/100); !ok || f.Failed != 0 {
+			t.Errorf("30 s after a failure at %d: %+v, %v", tt.at, f, ok)
+		}
+	}
+}
+
 // TestPrefetch asks for an answer through its life.
 func TestPrefetch(t *testing.T) {
 	c := newCache(t, Config{StaleFor: time.Minute, PrefetchHits: 3, PrefetchRemaining: 0.1})

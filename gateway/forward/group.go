@@ -317,8 +317,9 @@ func (g *Group) Status() []ServerStatus {
 	return all
 }
 
-// Recovered returns when a server last answered again that had given no answer before, in Unix nanoseconds; 0 if none has. What
-// the group had no answer to before that may have one now. A server that only some names are too slow for was never gone.
+// Recovered returns when a server last answered again that was gone, in Unix nanoseconds; 0 if none has. What the group had no
+// answer to before that may have one now. Gone is a server that was failing, or in doubt and silent to a probe. One that only
+// some names are too slow for was not, and neither was one that a query of many was lost to.
 func (g *Group) Recovered() int64 { return g.back.Load() }
 
 // Close closes all connections, ends what is in flight, and waits for it. Run has to be ended before by its context.

@@ -101,7 +101,7 @@ type memory struct {
 	since       time.Time
 	fails       int     // in a row
 	doubted     bool    // nobody had an answer to a question, and it has given none since: watch asks it
-	vain        bool    // and it has not answered at once
+	vain        bool    // and that probe had no answer at once: it is gone
 	unanswered  int     // late queries in a row since which nothing came at all
 	lateShare   float64 // decaying share of the queries that were late
 	lostShare   float64 // decaying share of those that broke, or were late where another server was not
@@ -150,7 +150,7 @@ func (s *server) inherit(old *server) {
 func (s *server) answered(now, sent time.Time, d time.Duration, rcode uint16) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	gone := s.fails > 0 || s.vain
+	gone := s.vain // not for failures alone: a lost query, or a name without an answer, is one as well
 	s.lastAnswer, s.unanswered = now, 0
 	s.soundLocked()
 	s.lateShare -= s.lateShare * lateWeight

@@ -713,6 +713,74 @@ func TestPreviousSame(t *testing.T) {
 	}
 }
 
+// TestNeverGone has a name without an answer while the server answers others, the next of them a moment before or after that name's
+// time is over, or while the probe that this is worth waits: the server was never gone, and has not recovered.
+func TestNeverGone(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		wait time.Duration // from the question in vain to the next one, whose answer takes 10 ms
+	}{
+		{"before", DefaultDeadline - 15*time.Millisecond},
+		{"under way", DefaultDeadline - 5*time.Millisecond},
+		{"with the probe", DefaultDeadline},
+		{"after", DefaultDeadline + time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				o := newTally()
+				g, servers := piping(t, Config{Observer: o}, "a")
+				defer running(t, g)()
+				for range 20 {
+					mustAsk(t, g, "name.test.", "a")
+				}
+				servers["a"].set(func(name string) (time.Duration, bool) { return 10 * time.Millisecond, name == "lost.test." })
+				for range defaultOpenAfter {
+					time.Sleep(time.Minute) // nobody asks anything else meanwhile
+					var wg sync.WaitGroup
+					wg.Go(func() {
+						if _, err := g.Exchange(t.Context(), question("lost.test.")); err == nil {
+							t.Error("an answer")
+						}
+					})
+					time.Sleep(tt.wait)
+					mustAsk(t, g, "name.test.", "a")
+					wg.Wait()
+				}
+				time.Sleep(time.Minute)
+				if n := g.Recovered(); n != 0 {
+					t.Errorf("recovered at %v", time.Unix(0, n))
+				}
+				if got, want := o.servers["a"].history(), "unknown ok"; got != want {
+					t.Errorf("got states %q, want %q", got, want)
+				}
+			})
+		})
+	}
+}
+
+// TestRecoveredByAnswer has a server that was silent to a question and to the probe for it answer a question before the next probe:
+// it is back.
+func TestRecoveredByAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, servers := piping(t, Config{Breaker: Breaker{OpenAfter: 100}}, "a")
+		defer running(t, g)()
+		for range 20 {
+			mustAsk(t, g, "name.test.", "a")
+		}
+		servers["a"].set(deaf)
+		if _, err := g.Exchange(t.Context(), question("lost.test.")); err == nil {
+			t.Fatal("an answer")
+		}
+		time.Sleep(quickProbe + 50*time.Millisecond)
+		servers["a"].set(after(10 * time.Millisecond))
+		_, probes := servers["a"].asked()
+		mustAsk(t, g, "name.test.", "a")
+		if _, n := servers["a"].asked(); n != probes || g.Recovered() != time.Now().UnixNano() {
+			t.Errorf("recovered at %v after %d probes, want now and %d", time.Unix(0, g.Recovered()), n, probes)
+		}
+	})
+}
+
 // TestRecovered asks a group of one server, and nothing else while it waits: it knows when the server is back, and that it never
 // was gone when a name alone has no answer.
 func TestRecovered(t *testing.T) {
@@ -735,7 +803,7 @@ func TestRecovered(t *testing.T) {
 		{"names without an answer", deafTo("lost"), 5, 5 * time.Second, 0, "unknown ok", false},
 	} {
 		for _, watched := range []bool{true, false} {
-			if !watched && !tt.want {
+			if !watched && (!tt.want || tt.asked < defaultOpenAfter) {
 				continue // nobody can tell
 			}
 			t.Run(fmt.Sprint(tt.name, "/watched=", watched), func(t *testing.T) {

@@ -248,8 +248,7 @@ func TestStaleRecovered(t *testing.T) {
 						if n := up.asked.Load(); n != 1 {
 							t.Errorf("%s: asked %d times, want once", mode, n)
 						}
-						up.back.Store(time.Now().UnixNano()) // and gone again, but for the last one
-						time.Sleep(time.Second)              // the cache remembers failures by the second
+						up.back.Store(time.Now().UnixNano()) // and gone again at once, but for the last one
 					}
 					up.heal()
 					if got := ask(); got != tt.want {
@@ -261,6 +260,44 @@ func TestStaleRecovered(t *testing.T) {
 					}
 				}
 			})
+		})
+	}
+}
+
+// TestRecoveredBefore has upstreams come back, and a question fail in the same second: what comes first is no recovery from what
+// comes then, and what comes after it is.
+func TestRecoveredBefore(t *testing.T) {
+	for _, mode := range []string{"SERVFAIL", "dead"} {
+		synctest.Test(t, func(t *testing.T) {
+			var up upstream
+			seen := &events{}
+			p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t), Observer: seen, Stale: StaleConfig{After: 1800 * time.Millisecond}})
+			ask := func(want Outcome, took time.Duration) {
+				t.Helper()
+				begin := time.Now()
+				resolve(t, t.Context(), p, wire.TCP, dig("one.test.", dns.TypeA))
+				if got := seen.last(t).outcome; got != want || time.Since(begin) != took {
+					t.Errorf("%s: %v after %v, want %v after %v", mode, got, time.Since(begin), want, took)
+				}
+			}
+			ask(Miss, 10*time.Millisecond)
+			time.Sleep(10 * time.Minute)
+			time.Sleep(time.Until(time.Now().Truncate(time.Second).Add(1200 * time.Millisecond)))
+			up.heal()
+			time.Sleep(500 * time.Millisecond)
+			up.set(mode)
+			ask(Stale, 10*time.Millisecond)
+			up.set("silent")
+			n := up.asked.Load()
+			for range 3 {
+				time.Sleep(50 * time.Millisecond)
+				ask(Stale, 0)
+			}
+			if up.asked.Load() != n {
+				t.Errorf("%s: asked %d times more", mode, up.asked.Load()-n)
+			}
+			up.heal() // still in that second
+			ask(Miss, 10*time.Millisecond)
 		})
 	}
 }
@@ -292,7 +329,7 @@ func TestPrefetchRecovered(t *testing.T) {
 	for _, tt := range []struct {
 		back bool
 		want int // seconds from one renewal to the next
-	}{{true, 10}, {false, 30}} {
+	}{{true, 10}, {false, 31}} { // 30 s after the failure, which comes after the question
 		synctest.Test(t, func(t *testing.T) {
 			var up upstream
 			p := running(t, Config{Groups: []Group{up.group()}, Cache: staleCache(t)})
