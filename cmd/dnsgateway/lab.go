@@ -143,7 +143,7 @@ func writeLab(l *lab.Lab, dir string, ports int) (lab.Files, string, error) {
 	}
 	yaml, err := l.ConfigYAML(lab.Front{
 		DNS: ports + labDNS, TLS: ports + labTLS, HTTPS: ports + labHTTPS, QUIC: ports + labTLS,
-		HTTP: []string{"h1", "h2", "h3"}, Files: files, Pick: "in-order",
+		HTTP: []string{"h1", "h2", "h3"}, Files: files,
 		More: fmt.Sprintf("cache: 64MB\nadmin: 127.0.0.1:%d\n", ports+labAdmin),
 	})
 	if err != nil {

@@ -269,6 +269,13 @@ func TestSaveFolder(t *testing.T) {
 	if want := "cache.save: the directory closed: permission denied"; err == nil || !strings.Contains(err.Error(), want) {
 		t.Errorf("got %v, want %q", err, want)
 	}
+	if err := os.WriteFile("unreadable", nil, 0o200); err != nil {
+		t.Fatal(err)
+	}
+	_, err = Load("-", testOptions("cache: {save: unreadable}"))
+	if want := "cache.save: unreadable: permission denied: this user may not read it"; err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("got %v, want %q", err, want)
+	}
 }
 
 // TestSaveLinks has links in the place of the cache's file: what counts is what they lead to, be it there or not.

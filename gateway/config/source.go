@@ -26,7 +26,7 @@ type disk struct {
 	stat func(name string) (fs.FileInfo, error)
 	real func(name string) string // one spelling for each file, be it there or not
 
-	writable func(path string) error // whether a file can be put there, or where a link at path leads to
+	writable func(path string) error // whether a file can be put there and read, or where a link at path leads to
 }
 
 var osDisk = disk{read: readFile, glob: filepath.Glob, stat: os.Stat, real: realName, writable: writable}
