@@ -101,7 +101,7 @@ type memory struct {
 	since       time.Time
 	fails       int     // in a row
 	doubted     bool    // nobody had an answer to a question, and it has given none since: watch asks it
-	vain        bool    // and that probe had no answer at once: it is gone
+	vain        bool    // and that probe had no answer at once, or that of a suspect one: it is gone
 	unanswered  int     // late queries in a row since which nothing came at all
 	lateShare   float64 // decaying share of the queries that were late
 	lostShare   float64 // decaying share of those that broke, or were late where another server was not
@@ -160,6 +160,9 @@ func (s *server) answered(now, sent time.Time, d time.Duration, rcode uint16) {
 	} else if s.state == StateUnknown {
 		return // no sign of health
 	}
+	if gone && s.state != StateFailing { // from failing, recoverLocked tells
+		s.group.back.Store(now.UnixNano())
+	}
 	switch s.state {
 	case StateUnknown:
 		s.recoverLocked(now)
@@ -173,9 +176,6 @@ func (s *server) answered(now, sent time.Time, d time.Duration, rcode uint16) {
 			return // stragglers of before, and luck, are no recovery: the probes tell
 		}
 		s.recoverLocked(now)
-	}
-	if gone {
-		s.group.back.Store(now.UnixNano())
 	}
 	s.sampleLocked(now, d)
 }
@@ -286,14 +286,14 @@ func (s *server) recoverLocked(now time.Time) {
 	if was == StateOK {
 		return
 	}
+	if was == StateFailing || s.vain {
+		s.group.back.Store(now.UnixNano())
+	}
 	s.state, s.since, s.tries, s.unanswered, s.refutals = StateOK, now, 0, 0, 0
 	s.soundLocked()
 	s.lateShare, s.lostShare = 0, 0
 	s.outrunBy, s.good, s.recovered = nil, 0, was != StateUnknown
 	s.away.Store(false)
-	if was == StateFailing {
-		s.group.back.Store(now.UnixNano())
-	}
 	s.obs.State(StateOK)
 	if was != StateUnknown {
 		s.log.Info("upstream recovered", "after", down.Round(time.Millisecond).String())
@@ -585,6 +585,11 @@ func (s *server) verify(ctx context.Context, timeout time.Duration, state string
 	s.mu.Unlock()
 	// What was suspected may have been some slow names at once: then the connection that is open answers.
 	if state != StateSuspect || s.probe(ctx, s.quick(bound), rootQuery) != nil {
+		if state == StateSuspect && why == troubleSilent {
+			s.mu.Lock()
+			s.vain = true
+			s.mu.Unlock()
+		}
 		if c, ok := s.client.(renewer); ok {
 			c.renew(quickProbe / 2)
 		}

@@ -849,3 +849,30 @@ func TestRecovered(t *testing.T) {
 		}
 	}
 }
+
+// TestRecoveredFromSuspect has a server that is silent to several questions and to the probe that follows, and is back before
+// the next probe's time is over: it was gone.
+func TestRecoveredFromSuspect(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := newTally()
+		g, servers := piping(t, Config{Observer: o}, "a")
+		defer running(t, g)()
+		for range 40 {
+			mustAsk(t, g, "name.test.", "a")
+		}
+		servers["a"].set(deaf)
+		var wg sync.WaitGroup
+		for _, name := range []string{"x.test.", "y.test.", "z.test.", "w.test."} {
+			wg.Go(func() { _, _ = g.Exchange(t.Context(), question(name)) })
+			time.Sleep(50 * time.Millisecond)
+		}
+		time.Sleep(450 * time.Millisecond)
+		began := time.Now()
+		servers["a"].set(after(10 * time.Millisecond))
+		time.Sleep(3 * time.Second)
+		wg.Wait()
+		if got := o.servers["a"].history(); got != "unknown ok suspect ok" || g.Recovered() < began.UnixNano() {
+			t.Errorf("%s, recovered %v after the server was back", got, time.Unix(0, g.Recovered()).Sub(began))
+		}
+	})
+}
