@@ -175,7 +175,7 @@ func aborted(h http.Handler, w http.ResponseWriter, r *http.Request) (yes bool) 
 	return false
 }
 
-// fuzzHandler answers every query, half of them after a miss, and drops a few.
+// fuzzHandler answers every query, half of them after a miss, and drops a few. Some answers are large.
 type fuzzHandler struct{ surprised }
 
 func (fuzzHandler) ServeWire(dst []byte, q *wire.Query) ([]byte, wire.Verdict) {
@@ -184,6 +184,8 @@ func (fuzzHandler) ServeWire(dst []byte, q *wire.Query) ([]byte, wire.Verdict) {
 		return dst, wire.Dropped
 	case q.ID&1 != 0:
 		return dst, wire.Miss
+	case firstLabel(q) == "large":
+		return large{}.ServeWire(dst, q)
 	}
 	return appendReply(dst, q, q.Fault), wire.Answered
 }

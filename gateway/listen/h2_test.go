@@ -88,12 +88,13 @@ func (d *h2Driver) run() {
 			d.mu.Lock()
 			used, err := d.m.input(&d.t, buf[:have])
 			have = copy(buf, buf[used:have])
+			said := len(d.t.out) > 0
 			ok := d.flush()
 			d.mu.Unlock()
 			if err != nil || !ok {
 				return
 			}
-			if used == 0 {
+			if used == 0 && !said {
 				break
 			}
 		}

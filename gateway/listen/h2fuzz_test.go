@@ -52,6 +52,15 @@ func FuzzH2(f *testing.F) {
 		_ = s.fr.WriteGoAway(0, 0, nil)
 		_ = s.fr.WritePriority(9, http2.PriorityParam{StreamDep: 1})
 	})
+	seed(func(s *h2Script) {
+		_ = s.fr.WriteSettings(http2.Setting{ID: settingWindow, Val: 1 << 20})
+		_ = s.fr.WriteWindowUpdate(0, 1<<20)
+		for id := uint32(1); id < 15; id += 2 {
+			s.get(id, "large")
+		}
+		_ = s.fr.WriteRSTStream(9, http2.ErrCodeCancel)
+		s.get(15, "large")
+	})
 	f.Fuzz(func(t *testing.T, octets, cuts []byte) {
 		s := newH2Script(t, fuzzHandler{})
 		all := append([]byte(h2Preface), octets...)
@@ -67,9 +76,10 @@ func FuzzH2(f *testing.F) {
 				used, err := s.c.input(&s.turn, s.in.Bytes())
 				s.in.Next(used)
 				s.err = err
+				said := len(s.turn.out) > 0
 				out = append(out, s.turn.out...)
 				s.turn.out = s.turn.out[:0]
-				if used == 0 {
+				if used == 0 && !said {
 					break
 				}
 			}
@@ -80,7 +90,7 @@ func FuzzH2(f *testing.F) {
 				}
 				s.turn.misses = s.turn.misses[:0]
 			}
-			bodies, held, misses := 0, 0, 0
+			bodies, held, misses, waiting := 0, 0, 0, 0
 			for _, st := range s.c.streams {
 				switch st.state {
 				case collecting:
@@ -89,9 +99,12 @@ func FuzzH2(f *testing.F) {
 					held += len(st.buf) - st.sent
 				case resolving:
 					misses++
+				case queued:
+					waiting++
 				}
 			}
-			if s.err == nil && (bodies != s.c.bodies || held != s.c.held || misses+s.c.orphans != len(s.turn.misses)) {
+			if s.err == nil && (bodies != s.c.bodies || held != s.c.held || misses+s.c.orphans != len(s.turn.misses) ||
+				waiting != s.c.queued) {
 				t.Fatalf("%d, %d and %d of %d, counted as %+v", bodies, held, misses, len(s.turn.misses), s.c)
 			}
 			if bodies > maxBodies || held > maxHeld || len(s.c.streams)+s.c.orphans > maxStreams || len(s.c.block) > maxBlock ||

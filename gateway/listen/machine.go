@@ -15,8 +15,9 @@ type machine interface {
 	// input takes what the client sent, beginning with what the call before left over, and returns how many octets it
 	// has used up. It appends what there is to say to t.out and what cannot be answered at once to t.misses. It may stop
 	// early, when enough is in t.out or too much is under way: who drives it calls again with the rest, after t.out was
-	// taken away or a miss has come back; a call that uses up nothing waits for more octets or for a miss. It keeps
-	// nothing of data. An error ends the connection when t.out was sent; it says why, for the log at debug level.
+	// taken away or a miss has come back; a call that uses up nothing and says nothing waits for more octets or for a
+	// miss. It keeps nothing of data. An error ends the connection when t.out was sent; it says why, for the log at debug
+	// level.
 	input(t *turn, data []byte) (used int, err error)
 	// answer appends the response to a miss of this machine to t.out: msg, or nil when nothing may be sent.
 	answer(t *turn, m *miss, msg []byte)
