@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net/http"
@@ -347,15 +348,7 @@ func TestSnapshot(t *testing.T) {
 	}
 	flush := func(g *Gateway, query string) string {
 		resp, err := http.Post("http://"+g.AdminAddr().String()+"/cache/flush"+query, "", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer resp.Body.Close()
-		var body bytes.Buffer
-		if _, err := body.ReadFrom(resp.Body); err != nil {
-			t.Fatal(err)
-		}
-		return body.String()
+		return body(t, resp, err)
 	}
 	cfg := load(t, l, text)
 	run := func(f func(g *Gateway)) string {
@@ -381,15 +374,7 @@ func TestSnapshot(t *testing.T) {
 	}
 	metrics := func(g *Gateway) bool {
 		resp, err := http.Get("http://" + g.AdminAddr().String() + "/metrics")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer resp.Body.Close()
-		var body bytes.Buffer
-		if _, err := body.ReadFrom(resp.Body); err != nil {
-			t.Fatal(err)
-		}
-		return strings.Contains(body.String(), "\ndnsgateway_snapshot_failures_total 0\n")
+		return strings.Contains(body(t, resp, err), "\ndnsgateway_snapshot_failures_total 0\n")
 	}
 	run(func(g *Gateway) {
 		if !metrics(g) {
@@ -498,4 +483,18 @@ func TestFlushWithoutCache(t *testing.T) {
 	if resp.StatusCode != http.StatusConflict {
 		t.Errorf("got %s, want %d", resp.Status, http.StatusConflict)
 	}
+}
+
+// body returns what an HTTP server has answered.
+func body(t *testing.T, resp *http.Response, err error) string {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
 }

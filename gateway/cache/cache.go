@@ -48,8 +48,6 @@ const (
 	// recheckAfter is for how many seconds stale answers are given without asking again after asking has failed: the
 	// failure recheck timer of RFC 8767, section 5.
 	recheckAfter = 30
-	// failedUnit is the unit of entry.failed, in nanoseconds.
-	failedUnit = int64(10 * time.Millisecond)
 	// claimFor is for how many seconds a caller who was told to prefetch is trusted to do it. No exchange takes longer.
 	claimFor = 10
 	// minPrefetchLife is the shortest life, in seconds, that is worth to be renewed before it ends.
@@ -244,23 +242,6 @@ func (c *Cache) Claim(key []byte, hash uint64, now int64) bool {
 	}
 	last := e.claimed.Load()
 	return c.ending(e, now) && e.claimed.CompareAndSwap(last, seconds(now))
-}
-
-// fail notes that asking for e has failed at the time now. It rounds up: what happened before a failure must not look as if it
-// came after it. More than 497 days after e was stored there is no room for it, and e is found as if nothing had failed.
-func (e *entry) fail(now int64) {
-	n := (now - e.stored + failedUnit - 1) / failedUnit
-	e.failed.Store(uint32(min(max(n, 1), math.MaxUint32)))
-}
-
-// failedLately returns when asking for e has failed, in Unix nanoseconds, if it is not to be repeated so soon after that, else 0.
-func (e *entry) failedLately(now int64) int64 {
-	n := e.failed.Load()
-	at := e.stored + int64(n)*failedUnit
-	if d := now - at; n == 0 || d >= recheckAfter*int64(time.Second) || d <= -clockSlack {
-		return 0 // d: a time that is yet to come counts for nothing, as in within
-	}
-	return at
 }
 
 // seconds returns the time now in Unix seconds, which fit until 2106, and never 0.

@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"math"
 	"math/bits"
 	"slices"
 	"sync"
@@ -22,6 +23,9 @@ const (
 	// promoteAt is how many hits in the small queue show that an entry is worth keeping: a client that repeats itself
 	// makes one.
 	promoteAt = 2
+
+	// failedUnit is the unit of entry.failed, in nanoseconds.
+	failedUnit = int64(10 * time.Millisecond)
 
 	// The bits of entry.hits: the frequency, and behind it the hits since the answer was stored, for prefetch.
 	frequencyMask = 3
@@ -141,6 +145,23 @@ func (e *entry) age(now int64, staleFor uint32) (uint32, state) {
 		return uint32(s), stale
 	}
 	return 0, dead
+}
+
+// fail notes that asking for e has failed at the time now. It rounds up: what happened before a failure must not look as if it
+// came after it. More than 497 days after e was stored there is no room for it, and e is found as if nothing had failed.
+func (e *entry) fail(now int64) {
+	n := (now - e.stored + failedUnit - 1) / failedUnit
+	e.failed.Store(uint32(min(max(n, 1), math.MaxUint32)))
+}
+
+// failedLately returns when asking for e has failed, in Unix nanoseconds, if it is not to be repeated so soon after that, else 0.
+func (e *entry) failedLately(now int64) int64 {
+	n := e.failed.Load()
+	at := e.stored + int64(n)*failedUnit
+	if d := now - at; n == 0 || d >= recheckAfter*int64(time.Second) || d <= -clockSlack {
+		return 0 // d: a time that is yet to come counts for nothing, as in within
+	}
+	return at
 }
 
 // hit counts a hit. Once both counts have reached their bounds it writes nothing, so that cores which serve the same name

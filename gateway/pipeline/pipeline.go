@@ -290,17 +290,18 @@ func (p *Pipeline) Expect(qs []wire.Query) {
 		return
 	}
 	var hashes [32]uint64
-	for len(qs) > 0 {
-		n := 0
-		for i := range qs[:min(len(qs), len(hashes))] {
-			if q := &qs[i]; q.Kind == wire.Plain {
-				_, hashes[n] = p.key(q)
-				n++
-			}
+	n := 0
+	for i := range qs {
+		if qs[i].Kind != wire.Plain {
+			continue
 		}
-		p.cache.Touch(hashes[:n])
-		qs = qs[min(len(qs), len(hashes)):]
+		_, hashes[n] = p.key(&qs[i])
+		if n++; n == len(hashes) {
+			p.cache.Touch(hashes[:])
+			n = 0
+		}
 	}
+	p.cache.Touch(hashes[:n])
 }
 
 // turnAway answers or drops a query that access did not allow.
