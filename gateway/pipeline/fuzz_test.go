@@ -30,6 +30,7 @@ func seeds(f *testing.F) {
 		dig("big.test.", dns.TypeTXT, bufsize(700), dnssec),
 		dig("nxdomain.test.", dns.TypeMX, cdflag, option(padding)),
 		dig("nodata.test.", 65280, option(ecs, padding)),
+		dig("nodata.tesT.", 65280, option(padding)),
 		dig("servfail.test.", dns.TypeA, norec),
 		dig("records.test.", dns.TypeTXT, option(padding)),
 		dig("referral.test.", dns.TypeNS, class(dns.ClassHESIOD)),

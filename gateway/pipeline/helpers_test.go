@@ -281,22 +281,25 @@ func edes(m *dns.Msg) []wire.EDE {
 	return list
 }
 
-// world is an upstream that has a response of some kind for every question, always the same one. Its kind is the first
-// label, or else chosen by the question's hash. Its lifetimes are within the bounds of every cache here.
+// world is an upstream that has a response of some kind for every question, always the same one, in the letters of the
+// question. Its kind is the first label, or else chosen by the question's hash. Its lifetimes are within the bounds of
+// every cache here.
 func world(_ context.Context, req *dns.Msg) (*dns.Msg, error) {
 	question := req.Question[0]
+	question.Name = strings.ToLower(question.Name)
 	kinds := []string{"one", "alias", "big", "nxdomain", "nodata", "servfail", "refused", "referral", "records", "tc"}
 	h := fnv.New32a()
-	fmt.Fprintf(h, "%s %d %d", strings.ToLower(question.Name), question.Qtype, question.Qclass)
+	fmt.Fprintf(h, "%s %d %d", question.Name, question.Qtype, question.Qclass)
 	kind := kinds[h.Sum32()%uint32(len(kinds))]
 	for _, k := range kinds {
-		if strings.HasPrefix(strings.ToLower(question.Name), k+".") {
+		if strings.HasPrefix(question.Name, k+".") {
 			kind = k
 		}
 	}
 	m := new(dns.Msg)
 	m.SetReply(req)
-	m.RecursionAvailable = true
+	m.Question[0] = question
+	m.RecursionAvailable, m.Compress = true, true
 	header := dns.RR_Header{Name: question.Name, Rrtype: question.Qtype, Class: question.Qclass, Ttl: 300 + h.Sum32()%60}
 	soa := &dns.SOA{Hdr: dns.RR_Header{Name: "test.", Rrtype: dns.TypeSOA, Class: question.Qclass, Ttl: 60},
 		Ns: "ns.test.", Mbox: "hostmaster.test.", Minttl: 60}
@@ -338,9 +341,12 @@ func world(_ context.Context, req *dns.Msg) (*dns.Msg, error) {
 		m.Answer = []dns.RR{unknown(header, 4)}
 	}
 	m.Extra = append(m.Extra, opt)
-	// Through the wire, as from a server.
+	// Through the wire, as from a server, which compresses names without regard to letter case.
 	raw, err := m.Pack()
 	if err != nil {
+		return nil, err
+	}
+	if _, err := dns.PackDomainName(req.Question[0].Name, raw, wire.HeaderLen, nil, false); err != nil {
 		return nil, err
 	}
 	resp := new(dns.Msg)
