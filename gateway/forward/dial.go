@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"time"
+
+	"dnsgateway/gateway/nowait"
 )
 
 // connectionAttemptDelay is the head start of each address before the next, RFC 8305, section 5.
@@ -133,14 +135,14 @@ func firstTelling(errs []error) error {
 	return errs[0]
 }
 
-// dialTCP connects to addr.
+// dialTCP connects to addr. One goroutine at a time may read from the connection, and one write.
 func dialTCP(ctx context.Context, addr netip.AddrPort) (net.Conn, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "tcp", addr.String())
 	if err != nil {
 		return nil, dialError(ctx, "connecting to "+addr.String(), err)
 	}
-	return conn, nil
+	return nowait.Conn(conn), nil
 }
 
 // dialError classifies the error of a dial: an "i/o timeout" with time left is the kernel's, and as good as no route.

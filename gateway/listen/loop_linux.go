@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"dnsgateway/gateway/nowait"
 	"dnsgateway/gateway/wire"
 )
 
@@ -574,7 +575,7 @@ func (c *loopConn) read(l *loop, have int) int {
 		}
 		into = l.cipher
 	}
-	n, err := read(c.fd, into)
+	n, err := nowait.Receive(c.fd, into)
 	switch {
 	case err == unix.EAGAIN:
 		c.unread = false
@@ -646,7 +647,7 @@ func (c *loopConn) send(t *turn) {
 		return
 	}
 	if len(c.pending) == 0 {
-		n, err := write(c.fd, b)
+		n, err := nowait.Send(c.fd, b)
 		if err != 0 && err != unix.EAGAIN {
 			c.broken = true
 			return
@@ -666,7 +667,7 @@ func (c *loopConn) send(t *turn) {
 
 // sendPending sends what is pending as far as the client takes it. mu is held.
 func (c *loopConn) sendPending(now int64) {
-	n, err := write(c.fd, c.pending)
+	n, err := nowait.Send(c.fd, c.pending)
 	if err != 0 && err != unix.EAGAIN {
 		c.broken = true
 		return
@@ -691,7 +692,7 @@ func (c *loopConn) leave(t *turn) {
 // discard reads what nobody will answer, and returns true when the client has no more, or too much.
 func (c *loopConn) discard(buf []byte) bool {
 	for c.lingered < lingerMost {
-		n, err := read(c.fd, buf)
+		n, err := nowait.Receive(c.fd, buf)
 		if err == unix.EAGAIN {
 			return false
 		}
@@ -730,9 +731,7 @@ func (c *loopConn) miss(m *miss) {
 	}
 }
 
-// epollWait returns how many events there are at once.
-//
-// This and the two below take no time worth telling the scheduler of; that would cost more than what some of them do.
+// epollWait returns how many events there are at once. The scheduler is not told of the call: see package nowait.
 func epollWait(epoll int, events []unix.EpollEvent) int {
 	n, _, err := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(epoll), uintptr(unsafe.Pointer(&events[0])),
 		uintptr(len(events)), 0, 0, 0)
@@ -740,36 +739,6 @@ func epollWait(epoll int, events []unix.EpollEvent) int {
 		return 0
 	}
 	return int(n)
-}
-
-// read and write are made again when a signal came between.
-func read(fd int, b []byte) (int, unix.Errno) {
-	for {
-		n, _, err := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), 0, 0, 0)
-		switch err {
-		case 0:
-			return int(n), 0
-		case unix.EINTR:
-		default:
-			return 0, err
-		}
-	}
-}
-
-func write(fd int, b []byte) (n int, _ unix.Errno) {
-	for len(b) > 0 {
-		w, _, err := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)),
-			unix.MSG_NOSIGNAL, 0, 0)
-		switch err {
-		case 0:
-			n += int(w)
-			b = b[w:]
-		case unix.EINTR:
-		default:
-			return n, err
-		}
-	}
-	return n, 0
 }
 
 // acknowledge tells the client now that all it has sent is here, where it is a client on a socket.

@@ -41,10 +41,11 @@
 //	cache             wire                                        miekg/dns, dnsproxy
 //	route             none                                        miekg/dns, dnsproxy
 //	local             wire
-//	forward           wire                                        only it imports dnsproxy
+//	forward           wire, nowait                                only it imports dnsproxy
 //	dnssec            none                                        forward
 //	pipeline          wire access cache route local dnssec        forward, listen, admin, config, observe
-//	listen            wire                                        pipeline
+//	listen            wire, nowait                                pipeline
+//	nowait            none
 //	certs             none
 //	observe, admin    none
 //	integration       lab

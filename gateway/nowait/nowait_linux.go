@@ -1,0 +1,144 @@
+package nowait
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Receive reads once from the socket fd what is there into b, which is not empty: n octets, none at the end of the stream.
+// The error is EAGAIN where nothing is there. It does not block, and a signal does not end it.
+func Receive(fd int, b []byte) (n int, _ unix.Errno) {
+	for {
+		n, _, err := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)),
+			unix.MSG_DONTWAIT, 0, 0)
+		switch err {
+		case 0:
+			return int(n), 0
+		case unix.EINTR:
+		default:
+			return 0, err
+		}
+	}
+}
+
+// Send writes to the socket fd as much of b as there is room for: n octets. The error is EAGAIN where that is not all. It does
+// not block, a signal does not end it, and no SIGPIPE comes from it.
+func Send(fd int, b []byte) (n int, _ unix.Errno) {
+	for n < len(b) {
+		w, _, err := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&b[n])), uintptr(len(b)-n),
+			unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, 0, 0)
+		switch err {
+		case 0:
+			n += int(w)
+		case unix.EINTR:
+		default:
+			return n, err
+		}
+	}
+	return n, 0
+}
+
+// Conn returns conn with Receive and Send in its Read and Write where it is a [net.TCPConn], else conn itself. Deadlines,
+// Close and errors are as before, but one goroutine at a time may read, and one write. [crypto/tls] keeps to that.
+func Conn(conn net.Conn) net.Conn {
+	tcp, ok := conn.(*net.TCPConn)
+	if !ok {
+		return conn
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return conn
+	}
+	q := &quickConn{Conn: conn, raw: raw}
+	q.in.try, q.out.try = q.in.receive, q.out.send
+	return q
+}
+
+type quickConn struct {
+	net.Conn // what it does not do itself
+	raw      syscall.RawConn
+	in, out  transfer
+}
+
+// transfer is a Read or a Write.
+type transfer struct {
+	b   []byte
+	n   int // octets that were moved
+	err unix.Errno
+	try func(fd uintptr) bool // once for ever: a closure made for each call would be an allocation
+}
+
+// Read implements net.Conn.
+func (q *quickConn) Read(b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	err := q.in.by(q.raw.Read, b)
+	if err == nil && q.in.err != 0 {
+		err = os.NewSyscallError("recvfrom", q.in.err)
+	}
+	if err != nil {
+		return 0, q.fault("read", err)
+	}
+	if q.in.n == 0 {
+		return 0, io.EOF
+	}
+	return q.in.n, nil
+}
+
+// Write implements net.Conn.
+func (q *quickConn) Write(b []byte) (int, error) {
+	err := q.out.by(q.raw.Write, b)
+	if err == nil && q.out.err != 0 {
+		err = os.NewSyscallError("sendto", q.out.err)
+	}
+	if err != nil {
+		return q.out.n, q.fault("write", err)
+	}
+	return q.out.n, nil
+}
+
+// fault returns err as package net has it.
+func (q *quickConn) fault(op string, err error) error {
+	var raw *net.OpError
+	if errors.As(err, &raw) {
+		err = raw.Err
+	}
+	return &net.OpError{Op: op, Net: "tcp", Source: q.LocalAddr(), Addr: q.RemoteAddr(), Err: err}
+}
+
+// by moves b, and waits where it has to. An error is the poller's, t.err the call's.
+func (t *transfer) by(wait func(func(fd uintptr) bool) error, b []byte) error {
+	t.b, t.n, t.err = b, 0, 0
+	err := wait(t.try)
+	t.b = nil
+	return err
+}
+
+// receive is tried until something is there.
+func (t *transfer) receive(fd uintptr) (done bool) {
+	t.n, t.err = Receive(int(fd), t.b)
+	return t.settled()
+}
+
+// send is tried until all has left.
+func (t *transfer) send(fd uintptr) (done bool) {
+	var n int
+	n, t.err = Send(int(fd), t.b[t.n:])
+	t.n += n
+	return t.settled()
+}
+
+func (t *transfer) settled() bool {
+	if t.err == unix.EAGAIN {
+		t.err = 0
+		return false
+	}
+	return true
+}
