@@ -1,9 +1,12 @@
 package forward
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"testing"
+
+	"dnsgateway/gateway/nowait"
 )
 
 // TestDialNoWait: the scheduler is not told of the calls of an upstream's connection. Package nowait says what that would cost.
@@ -18,7 +21,12 @@ func TestDialNoWait(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	if _, plain := conn.(*net.TCPConn); plain {
-		t.Error("the connection is package net's own")
+	plain, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer plain.Close()
+	if got, want := fmt.Sprintf("%T", conn), fmt.Sprintf("%T", nowait.Conn(plain)); got != want {
+		t.Errorf("the connection is a %s, want a %s", got, want)
 	}
 }

@@ -12,13 +12,14 @@ import (
 )
 
 // Receive reads once from the socket fd what is there into b, which is not empty: n octets, none at the end of the stream.
-// The error is EAGAIN where nothing is there. It does not block, and a signal does not end it.
+// The error is EAGAIN where nothing is there. It does not wait for the peer, and a signal does not end it.
 func Receive(fd int, b []byte) (n int, _ unix.Errno) {
 	for {
 		n, _, err := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)),
 			unix.MSG_DONTWAIT, 0, 0)
 		switch err {
 		case 0:
+			written(b[:n])
 			return int(n), 0
 		case unix.EINTR:
 		default:
@@ -28,8 +29,9 @@ func Receive(fd int, b []byte) (n int, _ unix.Errno) {
 }
 
 // Send writes to the socket fd as much of b as there is room for: n octets. The error is EAGAIN where that is not all. It does
-// not block, a signal does not end it, and no SIGPIPE comes from it.
+// not wait for the peer, a signal does not end it, and no SIGPIPE comes from it.
 func Send(fd int, b []byte) (n int, _ unix.Errno) {
+	read(b)
 	for n < len(b) {
 		w, _, err := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&b[n])), uintptr(len(b)-n),
 			unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, 0, 0)
@@ -45,7 +47,8 @@ func Send(fd int, b []byte) (n int, _ unix.Errno) {
 }
 
 // Conn returns conn with Receive and Send in its Read and Write where it is a [net.TCPConn], else conn itself. Deadlines,
-// Close and errors are as before, but one goroutine at a time may read, and one write. [crypto/tls] keeps to that.
+// Close and the kinds of errors are as before, but one goroutine at a time may read, and one write. [crypto/tls] keeps to
+// that.
 func Conn(conn net.Conn) net.Conn {
 	tcp, ok := conn.(*net.TCPConn)
 	if !ok {

@@ -33,6 +33,11 @@ func pair(t *testing.T) (near net.Conn, far *net.TCPConn) {
 	if _, ok := near.(*quickConn); !ok {
 		t.Fatalf("Conn gave %T", near)
 	}
+	for _, c := range []net.Conn{near, far} {
+		if err := c.SetDeadline(time.Now().Add(30 * time.Second)); err != nil { // or a failure would wait for go test's
+			t.Fatal(err)
+		}
+	}
 	t.Cleanup(func() {
 		near.Close()
 		far.Close()
@@ -82,11 +87,7 @@ func TestConn(t *testing.T) {
 	if n, err := near.Write(nil); n != 0 || err != nil {
 		t.Errorf("a write of no octets: %d, %v", n, err)
 	}
-	raw, err := near.(*quickConn).Conn.(*net.TCPConn).SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := raw.Control(func(fd uintptr) { err = unix.Shutdown(int(fd), unix.SHUT_WR) }); err != nil {
+	if err := near.(*quickConn).Conn.(*net.TCPConn).CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
 	if err := <-echoed; err != nil {
@@ -112,12 +113,16 @@ func TestConnErrors(t *testing.T) {
 	})
 	t.Run("write deadline", func(t *testing.T) {
 		near, far := pair(t)
+		far.SetReadBuffer(64 << 10)
+		done := make(chan bool)
 		go func() {
+			defer close(done)
 			far.Read(make([]byte, 1)) // it is writing
 			near.SetWriteDeadline(time.Unix(1, 0))
 		}()
 		b := make([]byte, 64<<20)
 		n, err := near.Write(b)
+		<-done
 		if n == 0 || n == len(b) {
 			t.Errorf("%d octets left of %d", n, len(b))
 		}
@@ -202,7 +207,9 @@ func TestNoWait(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	peer := os.NewFile(uintptr(fds[1]), "peer")
 	defer unix.Close(fds[0])
+	defer peer.Close()
 	buf := make([]byte, 1<<20)
 	if n, err := Receive(fds[0], buf); n != 0 || err != unix.EAGAIN {
 		t.Errorf("nothing there: %d, %v", n, err)
@@ -228,7 +235,9 @@ func TestNoWait(t *testing.T) {
 	if n, err := Send(fds[0], nil); n != 0 || err != 0 {
 		t.Errorf("nothing to send: %d, %v", n, err)
 	}
-	unix.Close(fds[1])
+	if err := peer.Close(); err != nil {
+		t.Fatal(err)
+	}
 	if n, err := Receive(fds[0], buf); n != 0 || err != 0 {
 		t.Errorf("at the end: %d, %v", n, err)
 	}
