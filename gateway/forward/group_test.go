@@ -277,6 +277,7 @@ func TestBreaker(t *testing.T) {
 				t.Errorf("took %v, want the longest patience, 1s", d)
 			}
 		}
+		synctest.Wait() // what the watcher has to do at this moment is done
 		if st := g.Status()[0]; st.State != StateFailing || !strings.HasPrefix(st.LastError, KindTimeout) {
 			t.Errorf("got %+v, want it failing with a timeout", st)
 		}
