@@ -21,8 +21,8 @@ import (
 // makes a net.Addr for each message that it reads, two allocations a query, and parses it for the one that it writes.
 // Here an address goes back as the octets that it came in.
 //
-// The calls never block, so the scheduler is not told of them (RawSyscall6), which would let it give our P away in the
-// middle of a batch. What waits for datagrams is the runtime's poller, through [syscall.RawConn].
+// The calls never block, so the scheduler is not told of them (RawSyscall6; see package nowait), which would also let it
+// give our P away in the middle of a batch. What waits for datagrams is the runtime's poller, through [syscall.RawConn].
 
 const (
 	// sendWait is how long the answers of a batch wait for room in the socket's buffer, and sendTries how often. The

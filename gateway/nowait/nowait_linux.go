@@ -72,8 +72,8 @@ type quickConn struct {
 // transfer is a Read or a Write.
 type transfer struct {
 	b   []byte
-	n   int // octets that were moved
-	err unix.Errno
+	n   int                   // octets that were moved
+	err unix.Errno            // the call's; the poller has its own
 	try func(fd uintptr) bool // once for ever: a closure made for each call would be an allocation
 }
 
@@ -82,46 +82,34 @@ func (q *quickConn) Read(b []byte) (int, error) {
 	if len(b) == 0 {
 		return 0, nil
 	}
-	err := q.in.by(q.raw.Read, b)
-	if err == nil && q.in.err != 0 {
-		err = os.NewSyscallError("recvfrom", q.in.err)
+	n, err := q.move(&q.in, b, q.raw.Read, "read", "recvfrom")
+	if n == 0 && err == nil {
+		err = io.EOF
 	}
-	if err != nil {
-		return 0, q.fault("read", err)
-	}
-	if q.in.n == 0 {
-		return 0, io.EOF
-	}
-	return q.in.n, nil
+	return n, err
 }
 
 // Write implements net.Conn.
 func (q *quickConn) Write(b []byte) (int, error) {
-	err := q.out.by(q.raw.Write, b)
-	if err == nil && q.out.err != 0 {
-		err = os.NewSyscallError("sendto", q.out.err)
-	}
-	if err != nil {
-		return q.out.n, q.fault("write", err)
-	}
-	return q.out.n, nil
+	return q.move(&q.out, b, q.raw.Write, "write", "sendto")
 }
 
-// fault returns err as package net has it.
-func (q *quickConn) fault(op string, err error) error {
-	var raw *net.OpError
-	if errors.As(err, &raw) {
-		err = raw.Err
-	}
-	return &net.OpError{Op: op, Net: "tcp", Source: q.LocalAddr(), Addr: q.RemoteAddr(), Err: err}
-}
-
-// by moves b, and waits where it has to. An error is the poller's, t.err the call's.
-func (t *transfer) by(wait func(func(fd uintptr) bool) error, b []byte) error {
+// move moves b and waits where it has to. Its errors are as package net has them.
+func (q *quickConn) move(t *transfer, b []byte, wait func(func(fd uintptr) bool) error, op, call string) (int, error) {
 	t.b, t.n, t.err = b, 0, 0
 	err := wait(t.try)
 	t.b = nil
-	return err
+	if err == nil && t.err != 0 {
+		err = os.NewSyscallError(call, t.err)
+	}
+	if err == nil {
+		return t.n, nil
+	}
+	var raw *net.OpError // the poller's
+	if errors.As(err, &raw) {
+		err = raw.Err
+	}
+	return t.n, &net.OpError{Op: op, Net: "tcp", Source: q.LocalAddr(), Addr: q.RemoteAddr(), Err: err}
 }
 
 // receive is tried until something is there.
@@ -138,6 +126,7 @@ func (t *transfer) send(fd uintptr) (done bool) {
 	return t.settled()
 }
 
+// settled reports whether the last call has ended the transfer.
 func (t *transfer) settled() bool {
 	if t.err == unix.EAGAIN {
 		t.err = 0

@@ -154,20 +154,17 @@ func TestConnErrors(t *testing.T) {
 // TestConnAllocations: nothing is allocated, be there something at once or not.
 func TestConnAllocations(t *testing.T) {
 	near, far := pair(t)
-	out, in := make([]byte, 100), make([]byte, 200)
-	echo := func() {
-		if _, err := io.ReadFull(far, in[:len(out)]); err != nil {
-			t.Error(err)
-		}
-		if _, err := far.Write(out); err != nil {
-			t.Error(err)
-		}
-	}
+	out, in := make([]byte, 100), make([]byte, 100)
 	turn, done := make(chan bool), make(chan bool)
 	go func() {
 		defer close(done)
 		for range turn {
-			echo()
+			if _, err := io.ReadFull(far, in); err != nil {
+				t.Error(err)
+			}
+			if _, err := far.Write(out); err != nil {
+				t.Error(err)
+			}
 		}
 	}()
 	defer func() {

@@ -11,20 +11,11 @@ import (
 
 // TestDialNoWait: the scheduler is not told of the calls of an upstream's connection. Package nowait says what that would cost.
 func TestDialNoWait(t *testing.T) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	ln := must(net.Listen("tcp", "127.0.0.1:0"))
 	defer ln.Close()
-	conn, err := dialTCP(t.Context(), netip.MustParseAddrPort(ln.Addr().String()))
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := must(dialTCP(t.Context(), netip.MustParseAddrPort(ln.Addr().String())))
 	defer conn.Close()
-	plain, err := net.Dial("tcp", ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	plain := must(net.Dial("tcp", ln.Addr().String()))
 	defer plain.Close()
 	if got, want := fmt.Sprintf("%T", conn), fmt.Sprintf("%T", nowait.Conn(plain)); got != want {
 		t.Errorf("the connection is a %s, want a %s", got, want)
