@@ -263,7 +263,10 @@ func newQueryClient(text string, f queryFlags) (*queryClient, error) {
 
 // parsePin reads sha256/BASE64, as curl, kdig and the configuration file write it.
 func parsePin(s string) (pin [32]byte, err error) {
-	b64 := strings.TrimPrefix(strings.TrimPrefix(s, "sha256//"), "sha256/")
+	b64 := strings.TrimPrefix(s, "sha256/")
+	if len(b64) > base64.StdEncoding.EncodedLen(len(pin)) {
+		b64 = strings.TrimPrefix(b64, "/") // curl writes two; a second one may also be the first character
+	}
 	raw, err := base64.StdEncoding.DecodeString(b64)
 	if err != nil || len(raw) != len(pin) {
 		return pin, fmt.Errorf("--pin %q is not sha256/ and 44 characters of base64", s)

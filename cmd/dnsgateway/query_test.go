@@ -682,3 +682,20 @@ func FuzzCheckReply(f *testing.F) {
 		}
 	})
 }
+
+// TestParsePin: one pin of 64 begins with a slash.
+func TestParsePin(t *testing.T) {
+	for _, want := range [][32]byte{{}, {0: 0xfc}, {0: 0xff, 1: 0xff, 31: 1}} {
+		b64 := base64.StdEncoding.EncodeToString(want[:])
+		for _, s := range []string{"sha256/" + b64, "sha256//" + b64, b64} {
+			if pin, err := parsePin(s); err != nil || pin != want {
+				t.Errorf("%s: got %x, %v, want %x", s, pin, err, want)
+			}
+		}
+		for _, s := range []string{"sha256///" + b64, "sha256/" + b64[1:], "sha256/" + b64 + "=", "sha256/"} {
+			if pin, err := parsePin(s); err == nil {
+				t.Errorf("%s is taken as %x", s, pin)
+			}
+		}
+	}
+}
